@@ -55,8 +55,8 @@ func (l *Listener) Close() error { return l.file.Close() }
 // Next gives the next event. It fails when ctx ends, with ErrLost when events
 // were lost (the listener goes on), and when the listener is closed.
 func (l *Listener) Next(ctx context.Context) (Event, error) {
-	if err := l.file.SetReadDeadline(time.Time{}); err != nil {
-		return Event{}, fmt.Errorf("uevents: %w", err)
+	if l.file.SetReadDeadline(time.Time{}) != nil { // its error is not os.ErrClosed
+		return Event{}, fmt.Errorf("uevents: %w", os.ErrClosed)
 	}
 	stop := context.AfterFunc(ctx, func() { _ = l.file.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
