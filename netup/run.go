@@ -1,0 +1,220 @@
+package netup
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// Run adds vifs to their bridges as they come, whenever that is, until the context ends (nil) or rtnetlink fails. The kernel shows a
+// vif's link when its backend has connected. A NIC whose link is not up after Options.Limit is warned of once. Run is called
+// once, after Setup.
+func (n *Network) Run(ctx context.Context) error {
+	if n.running.Swap(true) {
+		return errors.New("run the network: it has run before")
+	}
+	start := time.Now()
+	// Many links come at once at boot; what overflows all the same is made up for by a new listing.
+	_ = n.events.SetReceiveBufferSize(1<<20, true)
+	if err := unix.SetsockoptInt(n.events.GetFd(), unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.RTNLGRP_LINK); err != nil {
+		return fmt.Errorf("subscribe to link events: %w", err)
+	}
+	// Listed after the subscription: a vif is in the one or the other.
+	if err := n.list(start); err != nil {
+		return err
+	}
+
+	links := make(chan link)
+	lost := make(chan struct{})
+	stop := make(chan struct{})
+	ended := make(chan error, 1)
+	go func() { ended <- readLinks(n.events, links, lost, stop) }()
+	limit := time.NewTimer(n.opts.Limit)
+	defer limit.Stop()
+	for {
+		var err error
+		select {
+		case l := <-links:
+			n.see(l, start)
+			continue
+		case <-lost:
+			if err = n.list(start); err == nil {
+				continue
+			}
+		case <-limit.C:
+			n.warnOfMissing()
+			continue
+		case err := <-ended:
+			return fmt.Errorf("read link events: %w", err)
+		case <-ctx.Done():
+		}
+		close(stop)
+		n.events.Close()
+		<-ended
+		return err
+	}
+}
+
+// list takes in all links that there are now, and that those of the ports which are not among them are gone.
+func (n *Network) list(start time.Time) error {
+	found := make(map[int]bool)
+	err := n.links(func(l link) {
+		found[l.index] = true
+		n.see(l, start)
+	})
+	if err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, p := range n.ports {
+		if p.index != 0 && !found[p.index] {
+			n.follow(p, link{index: p.index, gone: true}, start)
+		}
+	}
+	return nil
+}
+
+// readLinks sends what the socket tells until it is closed. It says so when the kernel had to drop events.
+func readLinks(events *nl.NetlinkSocket, links chan<- link, lost chan<- struct{}, stop <-chan struct{}) error {
+	for {
+		msgs, _, err := events.Receive()
+		switch {
+		case errors.Is(err, unix.ENOBUFS):
+			select {
+			case lost <- struct{}{}:
+			case <-stop:
+				return nil
+			}
+			continue
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err != nil:
+			return err
+		}
+		for _, m := range msgs {
+			l, ok := parseLink(m.Header.Type, m.Data)
+			if !ok {
+				continue
+			}
+			select {
+			case links <- l:
+			case <-stop:
+				return nil
+			}
+		}
+	}
+}
+
+// see takes in what is new about a link: a vif that has come, one of ours that has changed, or none of our business.
+func (n *Network) see(l link, start time.Time) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, p := range n.ports {
+		if p.index == l.index {
+			n.follow(p, l, start)
+			return
+		}
+	}
+	if l.gone {
+		return
+	}
+	p := n.match(l)
+	if p == nil {
+		return
+	}
+	log := n.opts.Log.With("nic", p.ID, "link", l.name)
+	for _, op := range p.JoinOps(l.name, l.mtu, l.up) {
+		err := n.do(op)
+		if errors.Is(err, unix.EINVAL) && op.Link == l.name && op.MTU != 0 {
+			log.Warn("vif refuses the MTU; its backend has no scatter-gather", "mtu", op.MTU, "xenstore", p.Backend, "err", err)
+			op.MTU = 0
+			err = n.do(op)
+		}
+		if err != nil {
+			// The next event of the link tries again.
+			log.Error("vif cannot join its bridge", "bridge", p.Bridge, "err", err)
+			return
+		}
+	}
+	p.index = l.index
+	log.Debug("vif has joined its bridge", "bridge", p.Bridge, "tap", p.Tap, "after", time.Since(start).Round(time.Millisecond))
+}
+
+// follow takes in news of a vif that is in its bridge.
+func (n *Network) follow(p *port, l link, start time.Time) {
+	log := n.opts.Log.With("nic", p.ID, "link", l.name)
+	up := l.running && !l.gone
+	switch {
+	case p.unplugged:
+	case l.gone:
+		log.Warn("vif is gone", "xenstore", p.Backend)
+	case up && !p.up:
+		log.Info("NIC's link is up", "tap", p.Tap, "bridge", p.Bridge, "after", time.Since(start).Round(time.Millisecond))
+	case !up && p.up:
+		log.Warn("NIC's link is down", "xenstore", p.Backend)
+	}
+	p.up = up
+	if l.gone {
+		p.index = 0
+	}
+}
+
+// match returns the port that waits for this link, or nil.
+func (n *Network) match(l link) *port {
+	var waiting []*port
+	shared := false // the address: then only sysfs knows which vif a link is
+	for _, p := range n.ports {
+		if p.Vif == NoVif || !bytes.Equal(p.MAC, l.mac) {
+			continue
+		}
+		shared = shared || len(waiting) > 0
+		if p.index != 0 || p.unplugged {
+			shared = true
+			continue
+		}
+		waiting = append(waiting, p)
+	}
+	if len(waiting) == 0 {
+		return nil
+	}
+	if shared {
+		// "../../../vif-1": the device's name on the bus "xen" (drivers/xen/xenbus/xenbus_probe_frontend.c).
+		if dev, err := os.Readlink(filepath.Join(n.opts.Sys, "class/net", l.name, "device")); err == nil {
+			for _, p := range waiting {
+				if filepath.Base(dev) == busName(p.Vif) {
+					return p
+				}
+			}
+			return nil
+		}
+	}
+	return waiting[0]
+}
+
+// busName is a vif's name on the kernel's bus "xen".
+func busName(vif int) string { return fmt.Sprintf("vif-%d", vif) }
+
+// warnOfMissing names the NICs whose link is not up.
+func (n *Network) warnOfMissing() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, p := range n.ports {
+		switch {
+		case p.Vif == NoVif || p.up || p.unplugged:
+		case p.index == 0:
+			n.opts.Log.Warn("NIC still has no network: its vif's backend has not connected; look at its state and hotplug-status",
+				"nic", p.ID, "mac", p.MAC, "after", n.opts.Limit, "xenstore", p.Backend)
+		default:
+			n.opts.Log.Warn("NIC still has no network: its vif has no carrier",
+				"nic", p.ID, "mac", p.MAC, "after", n.opts.Limit, "xenstore", p.Backend)
+		}
+	}
+}

@@ -1,0 +1,126 @@
+package netup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// stateClosed is XenbusStateClosed (xen/interface/io/xenbus.h).
+const stateClosed = "6"
+
+// Unplug takes away what belongs to a NIC that QEMU has deleted (DEVICE_DELETED names nicID): its bridge and tap, and the vif, so
+// that the guest's own PV NIC is the only one with that MAC address. The bridge goes first, which stops all traffic at once. The
+// vif's frontend goes to Closed, with the handshake that its backend expects, and is removed from xenstore.
+//
+// The caller tells QEMU to let go of the tap first, with netdev_del of NIC.Netdev: deleting a device leaves its netdev. While QEMU
+// has the tap open, Unplug does all else and returns an error that is EBUSY; calling it again does what is left. It waits for the
+// backend no longer than ctx or Options.Limit. A device that is no NIC of the plan is ErrNoNIC.
+func (n *Network) Unplug(ctx context.Context, nicID string) error {
+	ctx, cancel := context.WithTimeout(ctx, n.opts.Limit)
+	defer cancel()
+	p := n.unplugged(nicID)
+	if p == nil {
+		return fmt.Errorf("unplug NIC %q: %w", nicID, ErrNoNIC)
+	}
+	var errs []error
+	for _, op := range p.UnplugOps() {
+		err := n.do(op)
+		switch {
+		case errors.Is(err, unix.ENODEV): // gone already
+		case op.Kind == DeleteTap && errors.Is(err, unix.EBUSY):
+			errs = append(errs, fmt.Errorf("%w: QEMU has it open until netdev_del of %q", err, p.Netdev))
+		case err != nil:
+			errs = append(errs, err)
+		}
+	}
+	if p.Vif != NoVif {
+		errs = append(errs, n.closeVif(ctx, p))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("unplug NIC %q: %w", nicID, err)
+	}
+	return nil
+}
+
+// unplugged finds the NIC and sees to it that its vif joins nothing any more.
+func (n *Network) unplugged(nicID string) *port {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, p := range n.ports {
+		if p.ID == nicID && nicID != "" {
+			p.unplugged = true
+			return p
+		}
+	}
+	return nil
+}
+
+// closeVif closes the vif's frontend and removes it.
+func (n *Network) closeVif(ctx context.Context, p *port) error {
+	if err := n.unbind(ctx, p); err != nil {
+		return err
+	}
+	// The driver has left the frontend Closed; without a driver nobody has.
+	frontend := fmt.Sprintf("device/vif/%d", p.Vif)
+	state, err := n.opts.Store.Read(ctx, frontend+"/state")
+	if err == nil && state != stateClosed {
+		err = n.opts.Store.Write(ctx, frontend+"/state", stateClosed)
+	}
+	if err == nil {
+		err = n.opts.Store.Remove(ctx, frontend)
+	}
+	// A toolstack may have kept the node for itself, or have removed it before us. Closed is what counts.
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("remove the frontend of vif %d: %w", p.Vif, err)
+	}
+	return nil
+}
+
+// unbind takes the vif from its driver. xen-netfront then goes through Closing to Closed in step with the backend, for as long as
+// it takes the backend to answer (xennet_bus_close), and its link goes. The write cannot be interrupted, so it has a goroutine,
+// which Close waits for; there is one a NIC, however often Unplug is called.
+func (n *Network) unbind(ctx context.Context, p *port) error {
+	path := filepath.Join(n.opts.Sys, "bus/xen/drivers/vif/unbind")
+	n.mu.Lock()
+	if p.unbound == nil {
+		p.unbound = make(chan error, 1)
+		n.unbinds.Go(func() {
+			err := writeSys(path, busName(p.Vif))
+			// No driver, or one that does not have this vif: nothing to unbind.
+			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+				err = nil
+			}
+			p.unbound <- err
+		})
+	}
+	n.mu.Unlock()
+	select {
+	case err := <-p.unbound:
+		if err != nil {
+			n.mu.Lock()
+			p.unbound = nil // a later call tries again
+			n.mu.Unlock()
+			return fmt.Errorf("unbind %s from its driver: %w", busName(p.Vif), err)
+		}
+		p.unbound <- nil // for a later call
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("unbind %s from its driver: the backend %s does not close: %w", busName(p.Vif), p.Backend, ctx.Err())
+	}
+}
+
+// writeSys writes a file of sysfs, which os.WriteFile would try to make if it were not there.
+func writeSys(path, value string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(value)
+	return errors.Join(err, f.Close())
+}
