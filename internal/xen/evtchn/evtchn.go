@@ -1,0 +1,288 @@
+// Package evtchn binds, notifies and waits for Xen event channels through
+// /dev/xen/evtchn (Xen's public header sys/evtchn.h, Linux drivers/xen/evtchn.c).
+package evtchn
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// Device is the kernel's event channel device.
+const Device = "/dev/xen/evtchn"
+
+// The ioctls of sys/evtchn.h: _IOC(_IOC_NONE, 'E', nr, size). Their arguments
+// are arrays of u32; the binding ones return the local port.
+const (
+	ioctlBindInterdomain = 0x84501 // remote domain, remote port
+	ioctlBindUnbound     = 0x44502 // remote domain
+	ioctlUnbind          = 0x44503 // port
+	ioctlNotify          = 0x44504 // port
+	ioctlReset           = 0x4505
+)
+
+// ErrOverflow is wrapped by Wait's error after the kernel's ring of ports has
+// overflowed. Events may be lost; the channels go on working.
+var ErrOverflow = errors.New("event ring overflowed, events may be lost")
+
+// Error says which operation failed on which port or domain.
+type Error struct {
+	Op  string
+	Err error
+}
+
+func (e *Error) Error() string { return Device + ": " + e.Op + ": " + e.Err.Error() }
+
+func (e *Error) Unwrap() error { return e.Err }
+
+// device is what File needs of the kernel.
+type device interface {
+	Read([]byte) (int, error)
+	Write([]byte) (int, error)
+	SetReadDeadline(time.Time) error
+	Close() error
+	ioctl(req uint, args ...uint32) (int, error)
+	// readNow is Read past Go's poller.
+	readNow([]byte) (int, error)
+	// renew returns the same open file under a new descriptor, with a fresh
+	// registration in Go's poller. The old one is to be closed.
+	renew() (device, error)
+}
+
+// File is an open event channel device. The ports bound through it end with it.
+// Its methods may be called by several goroutines; one at a time waits.
+type File struct {
+	waiting sync.Mutex // held by Wait; guards buf
+	buf     []byte     // ports that were read and not yet returned
+
+	mu     sync.Mutex
+	dev    device
+	ports  []uint32 // bound
+	closed bool
+}
+
+// Open opens Device.
+func Open() (*File, error) {
+	dev, err := openDevice(Device)
+	if err != nil {
+		return nil, &Error{Op: "open", Err: bare(err)}
+	}
+	return &File{dev: dev}, nil
+}
+
+// bare takes off the os package's own operation and path.
+func bare(err error) error {
+	var pe *fs.PathError
+	if errors.As(err, &pe) {
+		return pe.Err
+	}
+	return err
+}
+
+// BindUnbound makes a port that the domain remote may bind to.
+func (f *File) BindUnbound(remote uint16) (uint32, error) {
+	return f.bind(fmt.Sprintf("make a port for domain %d", remote), ioctlBindUnbound, uint32(remote))
+}
+
+// BindInterdomain binds to a port that the domain remote has made for this one.
+func (f *File) BindInterdomain(remote uint16, remotePort uint32) (uint32, error) {
+	return f.bind(fmt.Sprintf("bind to port %d of domain %d", remotePort, remote), ioctlBindInterdomain, uint32(remote), remotePort)
+}
+
+func (f *File) bind(op string, req uint, args ...uint32) (uint32, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	port, err := f.ioctl(req, args...)
+	if err != nil {
+		return 0, &Error{Op: op, Err: err}
+	}
+	f.ports = append(f.ports, uint32(port))
+	return uint32(port), nil
+}
+
+// Unbind closes a port.
+func (f *File) Unbind(port uint32) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, err := f.ioctl(ioctlUnbind, port); err != nil {
+		return &Error{Op: fmt.Sprintf("unbind port %d", port), Err: err}
+	}
+	f.ports = slices.DeleteFunc(f.ports, func(p uint32) bool { return p == port })
+	return nil
+}
+
+// Notify sends an event to the other end of port.
+func (f *File) Notify(port uint32) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, err := f.ioctl(ioctlNotify, port); err != nil {
+		return &Error{Op: fmt.Sprintf("notify port %d", port), Err: err}
+	}
+	return nil
+}
+
+// ioctl runs with f.mu held: no call uses a descriptor that Close or resetRing has given back.
+func (f *File) ioctl(req uint, args ...uint32) (int, error) {
+	if f.closed {
+		return 0, fs.ErrClosed
+	}
+	return f.dev.ioctl(req, args...)
+}
+
+// Close closes the device with all its ports and wakes Wait with an error that is fs.ErrClosed.
+func (f *File) Close() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return nil
+	}
+	f.closed = true
+	if err := f.dev.Close(); err != nil {
+		return &Error{Op: "close", Err: bare(err)}
+	}
+	return nil
+}
+
+// Wait waits for an event and returns its port, which it has unmasked again:
+// an event that comes while the caller looks at its memory is seen by the next
+// Wait. Events of one port that come close together are one.
+// After an error that is ErrOverflow the caller should look at every channel
+// and may go on.
+func (f *File) Wait(ctx context.Context) (uint32, error) {
+	f.waiting.Lock()
+	defer f.waiting.Unlock()
+	if err := ctx.Err(); err != nil {
+		return 0, &Error{Op: "wait for an event", Err: err}
+	}
+	for {
+		if port, ok := f.next(); ok {
+			if err := f.unmask(port); err != nil {
+				return 0, err
+			}
+			return port, nil
+		}
+		if err := f.fill(ctx); err != nil {
+			return 0, &Error{Op: "wait for an event", Err: err}
+		}
+	}
+}
+
+// next takes a port that is still bound from what was read.
+func (f *File) next() (uint32, bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for len(f.buf) >= 4 {
+		port := binary.LittleEndian.Uint32(f.buf)
+		f.buf = f.buf[4:]
+		if slices.Contains(f.ports, port) {
+			return port, true
+		}
+	}
+	return 0, false
+}
+
+// unmask lets the kernel deliver the ports again. The write is never short:
+// the kernel takes whole arrays of up to a page.
+func (f *File) unmask(ports ...uint32) error {
+	var b []byte
+	for _, port := range ports {
+		b = binary.LittleEndian.AppendUint32(b, port)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	err := fs.ErrClosed
+	if !f.closed {
+		_, err = f.dev.Write(b)
+	}
+	if err != nil {
+		return &Error{Op: fmt.Sprintf("unmask ports %d", ports), Err: bare(err)}
+	}
+	return nil
+}
+
+// fill reads ports into buf.
+func (f *File) fill(ctx context.Context) error {
+	f.mu.Lock()
+	dev, closed := f.dev, f.closed
+	f.mu.Unlock()
+	if closed {
+		return fs.ErrClosed
+	}
+	interrupted := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		dev.SetReadDeadline(time.Unix(1, 0)) // fails only when closed, which wakes Read too
+		close(interrupted)
+	})
+	b := make([]byte, 256)
+	n, err := dev.Read(b)
+	if !stop() {
+		<-interrupted
+		dev.SetReadDeadline(time.Time{})
+	}
+	if err == nil {
+		return f.keep(b[:n])
+	}
+	err = bare(err)
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return ctx.Err()
+	case errors.Is(err, os.ErrClosed):
+		return fs.ErrClosed
+	case errors.Is(err, syscall.EFBIG):
+		return f.resetRing(dev)
+	}
+	// An overflow makes poll report POLLERR alone, which Go's poller turns into
+	// an error of its own without reading: ask the device.
+	n, direct := dev.readNow(b)
+	switch {
+	case direct == nil:
+		return f.keep(b[:n])
+	case errors.Is(direct, syscall.EFBIG):
+		return f.resetRing(dev)
+	}
+	return err
+}
+
+func (f *File) keep(b []byte) error {
+	if len(b) == 0 || len(b)%4 != 0 {
+		return fmt.Errorf("read gave %d bytes, not a number of ports", len(b))
+	}
+	f.buf = b
+	return nil
+}
+
+// resetRing empties the kernel's ring and unmasks all ports, those that were in
+// the ring among them. Go's poller remembers POLLERR until the next event, so
+// the descriptor is replaced as well.
+func (f *File) resetRing(dev device) error {
+	f.mu.Lock()
+	if f.closed {
+		f.mu.Unlock()
+		return fs.ErrClosed
+	}
+	_, err := dev.ioctl(ioctlReset)
+	var renewed device
+	if err == nil {
+		renewed, err = dev.renew()
+	}
+	if err == nil {
+		f.dev = renewed
+		err = dev.Close()
+	}
+	ports := slices.Clone(f.ports)
+	f.mu.Unlock()
+	if err == nil && len(ports) > 0 {
+		err = f.unmask(ports...)
+	}
+	if err != nil {
+		return fmt.Errorf("%w; recovery failed: %w", ErrOverflow, err)
+	}
+	return ErrOverflow
+}

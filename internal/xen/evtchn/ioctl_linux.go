@@ -1,0 +1,56 @@
+package evtchn
+
+import (
+	"os"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// kernelDevice is the real device. SyscallConn keeps its descriptor with Go's
+// poller, where Fd would make it blocking.
+type kernelDevice struct{ *os.File }
+
+func openDevice(path string) (device, error) {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	return kernelDevice{f}, nil
+}
+
+// control runs call on the descriptor and returns what it returned.
+func (d kernelDevice) control(call func(fd uintptr) (int, error)) (n int, err error) {
+	conn, err := d.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	if ctlErr := conn.Control(func(fd uintptr) { n, err = call(fd) }); ctlErr != nil {
+		return 0, ctlErr
+	}
+	return n, err
+}
+
+func (d kernelDevice) ioctl(req uint, args ...uint32) (int, error) {
+	return d.control(func(fd uintptr) (int, error) {
+		n, _, errno := unix.Syscall(unix.SYS_IOCTL, fd, uintptr(req), uintptr(unsafe.Pointer(unsafe.SliceData(args))))
+		if errno != 0 {
+			return 0, errno
+		}
+		return int(n), nil
+	})
+}
+
+func (d kernelDevice) readNow(b []byte) (int, error) {
+	return d.control(func(fd uintptr) (int, error) { return unix.Read(int(fd), b) })
+}
+
+func (d kernelDevice) renew() (device, error) {
+	fd, err := d.control(func(fd uintptr) (int, error) {
+		return unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return kernelDevice{os.NewFile(uintptr(fd), d.Name())}, nil
+}
