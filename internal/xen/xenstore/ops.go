@@ -43,7 +43,8 @@ type Perm struct {
 // String is the form on the wire, such as "r0".
 func (p Perm) String() string { return string(rune(p.Access)) + strconv.Itoa(int(p.Dom)) }
 
-func parsePerm(s string) (Perm, error) {
+// ParsePerm undoes Perm.String.
+func ParsePerm(s string) (Perm, error) {
 	if s == "" || !strings.ContainsRune("nrwb", rune(s[0])) {
 		return Perm{}, fmt.Errorf("bad permission %q", s)
 	}
@@ -111,7 +112,7 @@ func (c *Client) Perms(ctx context.Context, path string) ([]Perm, error) {
 	perms := make([]Perm, len(list))
 	for i := range list {
 		if err == nil {
-			perms[i], err = parsePerm(list[i])
+			perms[i], err = ParsePerm(list[i])
 		}
 	}
 	if err != nil {
