@@ -1,0 +1,505 @@
+package qmpbridge
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"reflect"
+	"sync"
+	"time"
+)
+
+var (
+	errToolstackClosed = errors.New("the toolstack closed the session")
+	errQEMUClosed      = errors.New("QEMU closed its monitor")
+
+	// errNoMore ends the reading of one side; the session goes on until what is
+	// queued has been written.
+	errNoMore = errors.New("nothing more to read")
+)
+
+// A request is one value from the toolstack.
+type request struct {
+	line     []byte // with its line end; nil once written
+	command  string
+	oob      bool   // exec-oob: QEMU may answer it before others
+	id       []byte // as the toolstack wrote it; nil without
+	hostaddr string // of a device_add that may have to wait
+	save     bool
+	sent     time.Time
+
+	// local is the answer when the request is not for QEMU; the session ends with
+	// it if end is set.
+	local []byte
+	end   error
+
+	released chan struct{} // of a save: closed when its answer has left
+}
+
+// An answer is one line for the toolstack.
+type answer struct {
+	line  []byte
+	end   error // ends the session once the line, if any, is written
+	save  *request
+	good  bool  // QEMU saved
+	cause error // why not
+	seen  time.Time
+}
+
+// A session is one toolstack connection and its own connection to QEMU.
+type session struct {
+	*Options
+	ctx       context.Context
+	end       context.CancelCauseFunc
+	log       *slog.Logger
+	toolstack net.Conn
+	qemu      net.Conn
+
+	requests    *splitter
+	answers     *splitter
+	toQEMU      outbox[*request]
+	toToolstack outbox[answer]
+
+	mu         sync.Mutex
+	inBand     []*request // sent, not answered, in order
+	outOfBand  []*request
+	unanswered int // bytes kept of both
+	gone       bool
+	saving     *request // prepared, and neither answered nor aborted
+
+	events   int // counted by the reader of QEMU
+	answered int
+}
+
+func serveSession(ctx context.Context, toolstack net.Conn, o *Options, log *slog.Logger) {
+	start := time.Now()
+	defer toolstack.Close()
+	qemu, err := o.Dial(ctx)
+	if err != nil {
+		log.Warn("QMP session refused: QEMU's monitor cannot be reached", "err", err)
+		return
+	}
+	defer qemu.Close()
+
+	s := &session{
+		Options: o, log: log, toolstack: toolstack, qemu: qemu,
+		requests:    newSplitter(toolstack, MaxRequest, false),
+		answers:     newSplitter(qemu, MaxAnswer, true),
+		toQEMU:      outbox[*request]{limit: MaxRequest},
+		toToolstack: outbox[answer]{limit: maxQueued},
+	}
+	s.ctx, s.end = context.WithCancelCause(ctx)
+	defer s.end(nil)
+
+	var wg sync.WaitGroup
+	wg.Go(func() { // wakes whoever reads or writes
+		<-s.ctx.Done()
+		toolstack.Close()
+		qemu.Close()
+	})
+	s.pump(&wg, s.readToolstack, func() error { return s.toQEMU.flush(s.send) })
+	s.pump(&wg, s.readQEMU, s.flushToToolstack)
+	wg.Wait()
+
+	cause := context.Cause(s.ctx)
+	if s.saving != nil {
+		s.abort(fmt.Errorf("the session ended during the save: %w", cause))
+	}
+	level := slog.LevelWarn
+	if errors.Is(cause, errToolstackClosed) || ctx.Err() != nil {
+		level = slog.LevelDebug
+	}
+	log.Log(ctx, level, "QMP session ended", "cause", cause, "answers", s.answered,
+		"events dropped", s.events, "took", time.Since(start))
+}
+
+// pump moves values one way until the session ends. Two goroutines take turns:
+// the one that has read a value writes it too, so that a round trip waits for no
+// other goroutine, while the second reads on, so that a peer which does not read
+// never keeps the bridge from reading the other.
+func (s *session) pump(wg *sync.WaitGroup, read, flush func() error) {
+	turn := make(chan struct{}, 1)
+	turn <- struct{}{}
+	for range 2 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-turn:
+				case <-s.ctx.Done():
+					return
+				}
+				err := read()
+				if err != nil && err != errNoMore {
+					s.end(err)
+					return
+				}
+				if err == nil {
+					turn <- struct{}{}
+				}
+				if ferr := flush(); ferr != nil {
+					s.end(ferr)
+				}
+				if err != nil {
+					return
+				}
+			}
+		})
+	}
+}
+
+// readToolstack takes one request into the queue toward QEMU.
+func (s *session) readToolstack() error {
+	m, err := s.requests.next()
+	var bad *syntaxError
+	switch {
+	case errors.As(err, &bad):
+		// The splitter only drops input from here on, and still sees the close.
+		s.toQEMU.put(&request{
+			local: errorLine(bad.id, bad.desc),
+			end:   fmt.Errorf("the toolstack sent what is not QMP: %w", bad),
+		}, 0)
+		return nil
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return errToolstackClosed
+	case err != nil:
+		return fmt.Errorf("read from the toolstack: %w", err)
+	}
+	r := s.parse(&m)
+	if !s.toQEMU.put(r, len(r.line)+itemOverhead) {
+		return fmt.Errorf("more than %d bytes of requests wait for QEMU, which does not read them", MaxRequest)
+	}
+	return nil
+}
+
+func (s *session) parse(m *message) *request {
+	r := &request{line: line(m.text, "\n"), id: bytes.Clone(m.raw(memberID))}
+	if r.command = m.str(memberExecute); r.command == "" {
+		r.command = m.str(memberExecOOB)
+		r.oob = r.command != ""
+		return r
+	}
+	var arguments map[string]any
+	switch r.command {
+	case "device_add":
+		if s.PCIReady == nil || json.Unmarshal(m.raw(memberArguments), &arguments) != nil {
+			break
+		}
+		if arguments["driver"] == "xen-pci-passthrough" {
+			r.hostaddr, _ = arguments["hostaddr"].(string)
+		}
+	case "xen-save-devices-state":
+		if s.Save == nil || json.Unmarshal(m.raw(memberArguments), &arguments) != nil {
+			break
+		}
+		if arguments["filename"] == "/dev/fdset/1" {
+			r.save, r.released = true, make(chan struct{})
+		}
+	}
+	return r
+}
+
+// send writes one request to QEMU. The requests after it wait until it returns.
+func (s *session) send(r *request) error {
+	switch {
+	case r.hostaddr != "":
+		s.hold(r)
+	case r.save:
+		s.prepare(r)
+	}
+	if err := s.expect(r); err != nil {
+		return err
+	}
+	if r.local != nil {
+		return s.flushToToolstack()
+	}
+	text := r.line
+	r.line = nil
+	if _, err := s.qemu.Write(text); err != nil {
+		s.qemuGone(fmt.Errorf("write to QEMU's monitor: %w", err))
+		return s.flushToToolstack()
+	}
+	if r.save {
+		select {
+		case <-r.released:
+		case <-s.ctx.Done():
+		}
+	}
+	return nil
+}
+
+// hold waits for the PCI device of a device_add.
+func (s *session) hold(r *request) {
+	ctx, cancel := context.WithTimeout(s.ctx, pciLimit)
+	defer cancel()
+	start := time.Now()
+	err := s.PCIReady(ctx, r.hostaddr)
+	log := s.log.With("hostaddr", r.hostaddr, "waited", time.Since(start))
+	if err != nil && s.ctx.Err() == nil {
+		log.Warn("device_add goes to QEMU, though its PCI device is not there", "err", err)
+	} else if err == nil {
+		log.Info("device_add goes to QEMU: its PCI device is there")
+	}
+}
+
+// prepare starts a save; when that fails the request gets its answer here.
+func (s *session) prepare(r *request) {
+	s.saving = r
+	if err := s.Save.Prepare(s.ctx); err != nil {
+		err = fmt.Errorf("prepare to save the device state: %w", err)
+		s.abort(err)
+		r.save, r.local = false, errorLine(r.id, err.Error())
+	}
+}
+
+// abort ends the save that is under way as failed.
+func (s *session) abort(cause error) {
+	s.saving = nil
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.ctx), abortLimit)
+	defer cancel()
+	s.log.Error("device state not saved", "err", cause)
+	if err := s.Save.Abort(ctx, cause); err != nil {
+		s.log.Error("the guest may stay paused after the failed save", "err", err)
+	}
+}
+
+// expect notes that r will be answered.
+func (s *session) expect(r *request) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r.sent = time.Now()
+	if s.unanswered += r.cost(); s.unanswered > maxUnanswered {
+		return fmt.Errorf("QEMU has not answered %d requests", len(s.inBand)+len(s.outOfBand))
+	}
+	if r.oob {
+		s.outOfBand = append(s.outOfBand, r)
+	} else {
+		s.inBand = append(s.inBand, r)
+	}
+	return s.queueLocal()
+}
+
+func (r *request) cost() int { return len(r.id) + len(r.command) + itemOverhead }
+
+// queueLocal queues the bridge's own answers whose turn has come. With s.mu held.
+func (s *session) queueLocal() error {
+	for len(s.inBand) > 0 && s.inBand[0].local != nil {
+		r := s.inBand[0]
+		s.inBand = s.inBand[1:]
+		s.unanswered -= r.cost()
+		if err := s.queue(answer{line: r.local, end: r.end}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *session) queue(a answer) error {
+	if !s.toToolstack.put(a, len(a.line)+itemOverhead) {
+		return fmt.Errorf("the toolstack has not read %d bytes of answers", maxQueued)
+	}
+	return nil
+}
+
+// readQEMU takes one line of QEMU into the queue toward the toolstack.
+func (s *session) readQEMU() error {
+	m, err := s.answers.next()
+	var bad *syntaxError
+	switch {
+	case errors.As(err, &bad):
+		return fmt.Errorf("QEMU sent what is not QMP: %w", bad)
+	case err != nil:
+		if !errors.Is(err, io.EOF) {
+			err = fmt.Errorf("read from QEMU's monitor: %w", err)
+		}
+		s.qemuGone(err)
+		return errNoMore
+	}
+	good, failed := m.has(memberReturn), m.has(memberError)
+	switch {
+	case good != failed:
+		return s.readAnswer(&m, good)
+	case good: // and failed: nonsense
+	case m.has(memberEvent):
+		s.events++
+		return nil
+	case m.has(memberGreeting) && m.size <= MaxAnswer-2:
+		return s.queue(answer{line: lineOut(&m)})
+	}
+	return fmt.Errorf("QEMU sent what is not QMP: %.100q", m.text)
+}
+
+func (s *session) readAnswer(m *message, good bool) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r, err := s.take(m, good)
+	if err != nil {
+		return err
+	}
+	s.answered++
+	s.log.Debug("QMP command answered", "command", r.command, "good", good, "took", time.Since(r.sent))
+	var a answer
+	if m.size <= MaxAnswer-2 {
+		a.line = lineOut(m)
+	} else {
+		a.line = errorLine(r.id, fmt.Sprintf("%s: QEMU's answer has %d bytes, the toolstack takes %d",
+			r.command, m.size, MaxAnswer-2))
+		s.log.Warn("QMP answer too large for the toolstack", "command", r.command, "bytes", m.size)
+	}
+	if r.save {
+		a.save, a.good, a.seen = r, good, time.Now()
+		if !good {
+			a.cause = fmt.Errorf("QEMU: %.200s", m.raw(memberError))
+		}
+	}
+	if err := s.queue(a); err != nil {
+		return err
+	}
+	return s.queueLocal()
+}
+
+// take finds the request that m answers. QEMU answers in order, except exec-oob,
+// where ids tell. With s.mu held.
+func (s *session) take(m *message, good bool) (*request, error) {
+	id := m.raw(memberID)
+	if id != nil {
+		for i, r := range s.outOfBand {
+			if sameJSON(r.id, id) {
+				s.outOfBand = append(s.outOfBand[:i], s.outOfBand[i+1:]...)
+				s.unanswered -= r.cost()
+				return r, nil
+			}
+		}
+	}
+	if len(s.inBand) == 0 {
+		return nil, fmt.Errorf("QEMU answered a request that it did not get: %.100q", m.text)
+	}
+	r := s.inBand[0]
+	// An error without id is QEMU's parser speaking; a discarded id is unknown.
+	known := m.size == len(m.text) && (good || id != nil)
+	if known && !sameJSON(r.id, id) {
+		return nil, fmt.Errorf("QEMU answered request %.100q when %.100q was next", id, r.id)
+	}
+	s.inBand = s.inBand[1:]
+	s.unanswered -= r.cost()
+	return r, nil
+}
+
+// qemuGone answers what QEMU will not answer any more, and ends the session when
+// that is written, or soon.
+func (s *session) qemuGone(err error) {
+	cause := errQEMUClosed
+	if !errors.Is(err, io.EOF) {
+		cause = fmt.Errorf("%w: %w", errQEMUClosed, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.gone {
+		return
+	}
+	s.gone = true
+	for _, r := range append(s.outOfBand, s.inBand...) {
+		a := answer{line: r.local, cause: cause}
+		if r.local == nil {
+			a.line = errorLine(r.id, r.command+": "+errQEMUClosed.Error())
+		}
+		if r.save {
+			a.save = r
+		}
+		if s.queue(a) != nil {
+			break
+		}
+	}
+	s.inBand, s.outOfBand = nil, nil
+	s.toToolstack.put(answer{end: cause}, 0)
+	time.AfterFunc(drainLimit, func() { s.end(cause) })
+}
+
+func (s *session) flushToToolstack() error { return s.toToolstack.flush(s.deliver) }
+
+// deliver writes one line to the toolstack, a save's answer only when the state
+// has been handed over.
+func (s *session) deliver(a answer) error {
+	if a.save != nil {
+		s.commit(&a)
+	}
+	if len(a.line) > 0 {
+		if _, err := s.toolstack.Write(a.line); err != nil {
+			return fmt.Errorf("write to the toolstack: %w", err)
+		}
+	}
+	if a.save != nil {
+		s.saving = nil
+		close(a.save.released)
+		if a.good {
+			s.log.Info("device state saved", "took", time.Since(a.seen))
+		}
+	}
+	return a.end
+}
+
+func (s *session) commit(a *answer) {
+	if !a.good {
+		s.abort(a.cause)
+		return
+	}
+	if err := s.Save.Commit(s.ctx); err != nil {
+		err = fmt.Errorf("hand the device state to the toolstack: %w", err)
+		s.abort(err)
+		a.good, a.line = false, errorLine(a.save.id, err.Error())
+	}
+}
+
+// lineOut is m as a line for the toolstack.
+func lineOut(m *message) []byte {
+	l := line(m.text, "\r\n")
+	if m.newlines { // pretty=on; a string holds no raw newline
+		for i, c := range l[:len(l)-2] {
+			if c == '\n' || c == '\r' {
+				l[i] = ' '
+			}
+		}
+	}
+	return l
+}
+
+func line(text []byte, end string) []byte {
+	l := make([]byte, 0, len(text)+len(end))
+	return append(append(l, text...), end...)
+}
+
+// errorLine is an error answer in QMP's form. An id that would make it too large
+// for the toolstack is left out.
+func errorLine(id []byte, desc string) []byte {
+	type qmpError struct {
+		Class string `json:"class"`
+		Desc  string `json:"desc"`
+	}
+	e, err := json.Marshal(qmpError{"GenericError", desc})
+	if err != nil { // two strings
+		panic(err)
+	}
+	var b bytes.Buffer
+	b.WriteByte('{')
+	if id != nil && len(id)+len(e)+64 <= MaxAnswer {
+		fmt.Fprintf(&b, `"id": %s, `, id)
+	}
+	fmt.Fprintf(&b, "\"error\": %s}\r\n", e)
+	return b.Bytes()
+}
+
+// sameJSON says whether two values are equal: QEMU writes an id in its own way.
+func sameJSON(a, b []byte) bool {
+	if bytes.Equal(a, b) {
+		return true
+	}
+	var x, y any
+	if json.Unmarshal(a, &x) != nil || json.Unmarshal(b, &y) != nil {
+		return false
+	}
+	return reflect.DeepEqual(x, y)
+}
