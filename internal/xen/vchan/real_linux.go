@@ -1,0 +1,133 @@
+package vchan
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"strconv"
+
+	"github.com/stubinit/stubinit/internal/xen/evtchn"
+	"github.com/stubinit/stubinit/internal/xen/gntalloc"
+	"github.com/stubinit/stubinit/internal/xen/xenstore"
+)
+
+// Config says where a Listener listens and for whom.
+type Config struct {
+	// Client is the domain that may attach: 0, the toolstack's.
+	Client uint16
+	// Path is the directory of ring-ref and event-channel in xenstore, such
+	// as "device-model/7/qmp-vchan": relative to this domain's own or
+	// absolute.
+	Path string
+	// Store is used for publishing; the caller closes it, after the Listener.
+	Store *xenstore.Client
+	Options
+}
+
+// Listen publishes a vchan for one client domain and listens on it. ctx limits
+// the first publication only.
+func Listen(ctx context.Context, cfg Config) (*Listener, error) {
+	t, err := openXen(ctx, cfg)
+	if err != nil {
+		return nil, &net.OpError{Op: "listen", Net: "vchan", Addr: Addr(cfg.Path), Err: err}
+	}
+	return NewListener(ctx, t, cfg.Path, cfg.Options)
+}
+
+// xen is the Transport of a domain under Xen.
+type xen struct {
+	cfg    Config
+	self   uint16
+	events *evtchn.File
+	wait   context.Context
+	stop   context.CancelFunc
+}
+
+func openXen(ctx context.Context, cfg Config) (*xen, error) {
+	domid, err := cfg.Store.Read(ctx, "domid")
+	if err != nil {
+		return nil, err
+	}
+	self, err := strconv.ParseUint(domid, 10, 16)
+	if err != nil {
+		return nil, fmt.Errorf("this domain's id in xenstore node domid: %w", err)
+	}
+	events, err := evtchn.Open()
+	if err != nil {
+		return nil, err
+	}
+	x := &xen{cfg: cfg, self: uint16(self), events: events}
+	x.wait, x.stop = context.WithCancel(context.Background())
+	return x, nil
+}
+
+func (x *xen) Bind() (uint32, error)    { return x.events.BindUnbound(x.cfg.Client) }
+func (x *xen) Unbind(port uint32) error { return x.events.Unbind(port) }
+func (x *xen) Notify(port uint32) error { return x.events.Notify(port) }
+func (x *xen) Interrupt()               { x.stop() }
+
+func (x *xen) Wait() error {
+	_, err := x.events.Wait(x.wait)
+	switch {
+	case x.wait.Err() != nil, errors.Is(err, fs.ErrClosed):
+		return net.ErrClosed
+	case errors.Is(err, evtchn.ErrOverflow):
+		return nil // an event may be lost, so look as if there had been one
+	}
+	return err
+}
+
+func (x *xen) Share(pages, live int, port uint32) (Memory, error) {
+	p, err := gntalloc.Alloc(x.cfg.Client, pages, true)
+	if err != nil {
+		return Memory{}, err
+	}
+	if err := errors.Join(
+		p.SetUnmapNotify(live, gntalloc.ClearByte|gntalloc.SendEvent, port),
+		p.Detach(),
+	); err != nil {
+		return Memory{}, errors.Join(err, p.Close())
+	}
+	return Memory{Bytes: p.Mem, Refs: p.Refs, Free: p.Close}, nil
+}
+
+// Publish writes both nodes in one transaction, so that no watch fires between
+// them. Only the client's domain may read them.
+func (x *xen) Publish(ctx context.Context, ref, port uint32) error {
+	perms := []xenstore.Perm{
+		{Dom: x.self, Access: xenstore.None},
+		{Dom: x.cfg.Client, Access: xenstore.ReadOnly},
+	}
+	nodes := []struct {
+		name  string
+		value uint32
+	}{{"ring-ref", ref}, {"event-channel", port}}
+	return x.cfg.Store.Update(ctx, func(tx *xenstore.Tx) error {
+		for _, n := range nodes {
+			path := x.cfg.Path + "/" + n.name
+			if err := tx.Write(ctx, path, strconv.FormatUint(uint64(n.value), 10)); err != nil {
+				return err
+			}
+			if err := tx.SetPerms(ctx, path, perms...); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// Unpublish removes what Publish has written.
+func (x *xen) Unpublish(ctx context.Context) error {
+	err := x.cfg.Store.Remove(ctx, x.cfg.Path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // the toolstack was faster
+	}
+	return err
+}
+
+func (x *xen) Close() error {
+	x.stop()
+	return x.events.Close()
+}
