@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"maps"
 	"os"
 	"sync"
 	"syscall"
@@ -307,15 +306,4 @@ func (c *Client) register(call *call) error {
 	call.request.ReqID = c.lastID
 	c.calls[c.lastID] = call
 	return nil
-}
-
-// waiting returns the requests without an answer, for tests.
-func (c *Client) waiting() []uint32 {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	var ids []uint32
-	for id := range maps.Keys(c.calls) {
-		ids = append(ids, id)
-	}
-	return ids
 }

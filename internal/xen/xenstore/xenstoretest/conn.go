@@ -264,9 +264,9 @@ func (c *Conn) serveNode(m wire.Message, tx *transaction) ([]byte, syscall.Errno
 	case wire.Read:
 		return []byte(n.value), 0
 	case wire.Directory:
-		return c.directory(nodes.children(path))
+		return directory(nodes.children(path))
 	case wire.DirectoryPart:
-		return c.directoryPart(n.generation, nodes.children(path), rest)
+		return directoryPart(n.generation, nodes.children(path), rest)
 	case wire.GetPerms:
 		var list []string
 		for _, p := range n.perms {
@@ -309,16 +309,9 @@ func (c *Conn) change(tx *transaction, path string, removed bool, do func(tree))
 	tx.events = append(tx.events, fire)
 }
 
-func (c *Conn) maxList() int {
-	if n := c.s.faults.MaxList; n != 0 {
-		return n
-	}
-	return wire.MaxPayload
-}
-
-func (c *Conn) directory(names []string) ([]byte, syscall.Errno) {
+func directory(names []string) ([]byte, syscall.Errno) {
 	list := wire.Join(names...)
-	if len(list) > c.maxList() {
+	if len(list) > wire.MaxPayload {
 		return nil, syscall.E2BIG
 	}
 	return list, 0
@@ -326,7 +319,7 @@ func (c *Conn) directory(names []string) ([]byte, syscall.Errno) {
 
 // directoryPart answers with the generation and as many whole names from an
 // offset on as fit; an empty name ends the list.
-func (c *Conn) directoryPart(generation uint64, names []string, rest string) ([]byte, syscall.Errno) {
+func directoryPart(generation uint64, names []string, rest string) ([]byte, syscall.Errno) {
 	list := wire.Join(names...)
 	offset, err := strconv.Atoi(strings.TrimSuffix(rest, "\x00"))
 	if err != nil || offset < 0 {
@@ -336,7 +329,7 @@ func (c *Conn) directoryPart(generation uint64, names []string, rest string) ([]
 	list = list[min(offset, len(list)):]
 	for len(list) > 0 {
 		name := list[:bytes.IndexByte(list, 0)+1]
-		if len(b)+len(name)+1 > c.maxList() {
+		if len(b)+len(name)+1 > wire.MaxPayload {
 			return b, 0
 		}
 		b = append(b, name...)

@@ -41,9 +41,6 @@ type Faults struct {
 	Conflicts int
 	// Chunk, if not 0, is the most bytes that a read gives.
 	Chunk int
-	// MaxList, if not 0, replaces the 4096 bytes from which on a directory is
-	// read in parts, and the size of a part.
-	MaxList int
 }
 
 // node is one node of the store.
