@@ -152,8 +152,7 @@ func TestOutput(t *testing.T) {
 	l := NewLog(term)
 	defer l.Close()
 	now := time.Second
-	var tee []string
-	o := NewOutput(l, "qemu", func() time.Duration { return now }, Limit{Burst: 300, Rate: 100}, func(s string) { tee = append(tee, s) })
+	o := NewOutput(l, "qemu", func() time.Duration { return now }, Limit{Burst: 300, Rate: 100})
 	fmt.Fprint(o, "first\nsecond \x07\n")
 	fmt.Fprint(o, strings.Repeat("flood\n", 40))
 	now += 10 * time.Second
@@ -180,9 +179,6 @@ func TestOutput(t *testing.T) {
 			t.Errorf("no line %q in:\n%s", want, got)
 		}
 	}
-	if len(tee) != 44 {
-		t.Errorf("tee got %d lines, want all 44", len(tee))
-	}
 }
 
 // The bound that issue statements rest on: a flood of any length writes at
@@ -192,7 +188,7 @@ func TestOutputFloodIsBounded(t *testing.T) {
 	l := NewLog(term)
 	defer l.Close()
 	now := time.Duration(0)
-	o := NewOutput(l, "qemu", func() time.Duration { return now }, DefaultLimit, nil)
+	o := NewOutput(l, "qemu", func() time.Duration { return now }, DefaultLimit)
 	line := strings.Repeat("z", 200) + "\n"
 	const seconds = 20
 	for range seconds * 100 {
@@ -220,7 +216,7 @@ func TestOutputSummaryWithoutFurtherLine(t *testing.T) {
 	l := NewLog(term)
 	defer l.Close()
 	start := time.Now()
-	o := NewOutput(l, "qemu", func() time.Duration { return time.Since(start) }, Limit{Burst: 200, Rate: 1000}, nil)
+	o := NewOutput(l, "qemu", func() time.Duration { return time.Since(start) }, Limit{Burst: 200, Rate: 1000})
 	defer o.Close()
 	fmt.Fprint(o, strings.Repeat("0123456789\n", 50))
 	ctx := limited(t)

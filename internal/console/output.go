@@ -25,7 +25,6 @@ type Output struct {
 	source string
 	now    func() time.Duration
 	limit  Limit
-	tee    func(line string)
 
 	mu           sync.Mutex
 	split        splitter
@@ -37,10 +36,9 @@ type Output struct {
 	closed       bool
 }
 
-// NewOutput makes an Output for the lines of source. tee, if not nil, gets every
-// line, dropped ones too, escaped.
-func NewOutput(log *Log, source string, now func() time.Duration, limit Limit, tee func(line string)) *Output {
-	return &Output{log: log, source: source, now: now, limit: limit, tee: tee, tokens: float64(limit.Burst), last: now()}
+// NewOutput makes an Output for the lines of source.
+func NewOutput(log *Log, source string, now func() time.Duration, limit Limit) *Output {
+	return &Output{log: log, source: source, now: now, limit: limit, tokens: float64(limit.Burst), last: now()}
 }
 
 // Write takes a piece of the stream.
@@ -66,11 +64,7 @@ func (o *Output) Close() error {
 
 func (o *Output) line(text []byte) {
 	b := stamp(nil, o.source, o.now())
-	from := len(b)
 	b = Escape(b, text)
-	if o.tee != nil {
-		o.tee(string(b[from:]))
-	}
 	cost := len(b) + 1
 	o.refill()
 	// While something is held back its count goes first, so that the order in the log is true.

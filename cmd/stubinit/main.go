@@ -1,0 +1,87 @@
+// Command stubinit is PID 1 of a Xen stubdomain that runs one guest's QEMU.
+//
+// boot.go has the sequence. main decides how it ends: whatever happens, PID 1
+// logs, syncs and powers the stubdomain off; it never returns and never panics.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// version is set by the Makefile from git.
+var version = "unknown"
+
+func main() {
+	if os.Getpid() != 1 {
+		fmt.Printf("stubinit %s\nThis is PID 1 of a Xen stubdomain. mkinitramfs puts it into an image; README.md says how to boot it.\n", version)
+		os.Exit(2)
+	}
+	a := newAgent()
+	end(a, guarded(a))
+}
+
+// guarded is run with a panic made into an error.
+func guarded(a *agent) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = &stepError{a.step.Load().(string), hint(fmt.Errorf("panic: %v\n%s", r, debug.Stack()), "this is a defect of stubinit: please report it with this log")}
+		}
+	}()
+	return run(a)
+}
+
+// run boots, and returns when the stubdomain has nothing left to do: nil after
+// QEMU's ordinary end, else the reason.
+func run(a *agent) error {
+	// PID 1 gets only those signals that it asks for; these are nobody's way to end it.
+	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGPIPE)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	for _, s := range sequence {
+		if err := a.runStep(ctx, s); err != nil {
+			return &stepError{s.name, err}
+		}
+	}
+	return a.supervise(ctx)
+}
+
+// Limits of the end: a dom0 that reads nothing must not keep the stubdomain.
+const (
+	lastWordsLimit = 2 * time.Second
+	lastWordsBytes = 1024
+)
+
+// end says the last words and powers off.
+func end(a *agent, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), lastWordsLimit)
+	defer cancel()
+	if err != nil {
+		a.fatal(ctx, err)
+	}
+	if a.hvc != nil {
+		a.hvc.AllowLastWords(lastWordsBytes)
+		a.console.Kick()
+	}
+	if a.params.keep {
+		a.log.Info("stubinit.keep: not powering off")
+		for {
+			_ = unix.Pause()
+		}
+	}
+	a.log.Info("power off")
+	_ = a.console.Flush(ctx)
+	unix.Sync()
+	for {
+		// Returns only on an error, of which there is nobody left to tell.
+		_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+		_ = unix.Pause()
+	}
+}

@@ -1,0 +1,184 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/stubinit/stubinit/internal/console"
+	"github.com/stubinit/stubinit/internal/qmp"
+	"github.com/stubinit/stubinit/internal/xen/frame"
+	"github.com/stubinit/stubinit/internal/xen/xenstore"
+)
+
+// stateSet is the fdset that libxl tells QEMU to save to: /dev/fdset/1
+// (stubdom.txt, "Environment exposed by stubdomain to qemu").
+const stateSet = 1
+
+// stateConsole carries the saved state to dom0's file.
+const stateConsole = "/dev/hvc1"
+
+// A stateSaver is the bridge's Saver. QEMU opens the file of a save for writing and truncates
+// it, which a console cannot bear: so fdset 1 is a memfd with exactly that access mode. When QEMU
+// has answered, Commit copies it to console 1, waits until dom0 has taken the last byte,
+// and only then does the answer reach libxl, which reads its file at once.
+type stateSaver struct {
+	qmp *qmp.Monitor
+	xs  *xenstore.Client
+	log *slog.Logger
+
+	state *os.File // the memfd behind fdset 1, for reading; nil when a save has used it
+}
+
+// register gives QEMU an empty file as fdset 1.
+func (s *stateSaver) register(ctx context.Context) error {
+	fd, err := unix.MemfdCreate("state", unix.MFD_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("memory file for the state: %w", err)
+	}
+	state := os.NewFile(uintptr(fd), "memfd:state")
+	// A second open, because an access mode cannot be taken back: fdset members must have exactly the one asked for.
+	out, err := os.OpenFile("/proc/self/fd/"+strconv.Itoa(fd), os.O_WRONLY, 0)
+	if err != nil {
+		state.Close()
+		return err
+	}
+	defer out.Close()
+	_, err = s.qmp.ExecuteWithFile(ctx, "add-fd", map[string]any{"fdset-id": stateSet, "opaque": "stubinit-state"}, out)
+	if err != nil {
+		state.Close()
+		return fmt.Errorf("fdset %d: %w", stateSet, err)
+	}
+	s.state = state
+	return nil
+}
+
+// unregister takes fdset 1 back, with the memory behind it.
+func (s *stateSaver) unregister(ctx context.Context) error {
+	if s.state != nil {
+		s.state.Close()
+		s.state = nil
+	}
+	_, err := s.qmp.Execute(ctx, "remove-fd", map[string]any{"fdset-id": stateSet})
+	var refused *qmp.Error
+	if errors.As(err, &refused) { // there is none: just as well
+		return nil
+	}
+	return err
+}
+
+// Prepare makes sure that fdset 1 is an empty file.
+func (s *stateSaver) Prepare(ctx context.Context) error {
+	if err := s.unregister(ctx); err != nil {
+		return err
+	}
+	return s.register(ctx)
+}
+
+// Commit copies the state to console 1. The memory is given back whatever comes.
+func (s *stateSaver) Commit(ctx context.Context) error {
+	start := time.Now()
+	n, err := s.copy(ctx)
+	if e := s.unregister(ctx); err == nil {
+		err = e
+	}
+	if err == nil {
+		err = s.register(ctx) // for the next save
+	}
+	if err != nil {
+		return err
+	}
+	took := time.Since(start)
+	s.log.Info("state saved", "bytes", n, "took", took, "kib_per_s", int64(float64(n)/1024/took.Seconds()))
+	return nil
+}
+
+// Abort drops the state and lets the guest go on.
+func (s *stateSaver) Abort(ctx context.Context, cause error) error {
+	s.log.Error("save failed; the guest goes on", "err", cause)
+	err := s.Prepare(ctx)
+	if _, e := s.qmp.Execute(ctx, "cont", nil); err == nil {
+		err = e
+	}
+	return err
+}
+
+func (s *stateSaver) copy(ctx context.Context) (int64, error) {
+	ring, err := s.outRing(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer ring.close()
+	out, err := console.OpenRaw(stateConsole, os.O_WRONLY)
+	if err != nil {
+		return 0, err
+	}
+	defer out.Close()
+	if _, err := s.state.Seek(0, io.SeekStart); err != nil {
+		return 0, err
+	}
+	n, err := io.CopyBuffer(struct{ io.Writer }{out}, struct{ io.Reader }{s.state}, make([]byte, 64<<10))
+	if err != nil {
+		return n, fmt.Errorf("copy the state to console 1: %w", err)
+	}
+	if n == 0 {
+		return 0, errors.New("QEMU saved an empty state")
+	}
+	return n, ring.drained(ctx)
+}
+
+// An outRing is console 1's ring, seen from outside.
+type outRing struct {
+	frame *frame.Frame
+}
+
+// outRing finds console 1's ring, and an error if nobody reads it: a write to a full ring stops the stubdomain.
+func (s *stateSaver) outRing(ctx context.Context) (*outRing, error) {
+	backend, err := s.xs.ReadString(ctx, "device/console/1/backend")
+	if err != nil {
+		return nil, err
+	}
+	state, err := s.xs.ReadString(ctx, backend+"/state")
+	if err != nil {
+		return nil, err
+	}
+	if state != "4" {
+		return nil, fmt.Errorf("nobody reads console 1: %s/state is %s, not 4", backend, state)
+	}
+	ref, err := s.xs.ReadString(ctx, "device/console/1/ring-ref")
+	if err != nil {
+		return nil, err
+	}
+	gref, err := strconv.ParseUint(ref, 10, 32)
+	if err != nil {
+		return nil, fmt.Errorf("xenstore device/console/1/ring-ref: %q is not a grant reference", ref)
+	}
+	f, err := frame.MapGranted(uint32(gref), toolstackDomain)
+	if err != nil {
+		return nil, err
+	}
+	return &outRing{f}, nil
+}
+
+func (r *outRing) close() { r.frame.Close() }
+
+// drained waits until dom0 has taken everything out of the ring.
+func (r *outRing) drained(ctx context.Context) error {
+	for wait := time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
+		if r.frame.Uint32(outCons) == r.frame.Uint32(outProd) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("console 1: dom0 did not read the end of the state: %w", ctx.Err())
+		case <-time.After(wait):
+		}
+	}
+}

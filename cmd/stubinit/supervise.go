@@ -1,0 +1,126 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+	"time"
+
+	"github.com/stubinit/stubinit/internal/qmp"
+	"github.com/stubinit/stubinit/internal/xen/privcmd"
+	"github.com/stubinit/stubinit/netup"
+)
+
+// errQEMUEnded is the cause of contexts that QEMU's end has ended.
+var errQEMUEnded = errors.New("QEMU has ended")
+
+// whileQEMU is ctx with a limit, that also ends when QEMU does.
+func (a *agent) whileQEMU(ctx context.Context, limit time.Duration) (context.Context, context.CancelFunc) {
+	ctx, cancelLimit := context.WithTimeout(ctx, limit)
+	ctx, cancel := context.WithCancelCause(ctx)
+	over := make(chan struct{})
+	go func() {
+		select {
+		case <-a.qemu.Done():
+			cancel(errQEMUEnded)
+		case <-over:
+		}
+	}()
+	return ctx, func() {
+		close(over)
+		cancel(nil)
+		cancelLimit()
+	}
+}
+
+// deathNotice is how long after a broken connection QEMU may take to be reaped:
+// the kernel closes a dying process's sockets first.
+const deathNotice = time.Second
+
+// orEnd is err, or QEMU's end if that is what is behind it.
+func (a *agent) orEnd(err error) error {
+	late := time.NewTimer(deathNotice)
+	defer late.Stop()
+	select {
+	case <-a.qemu.Done():
+		return a.qemuEnd()
+	case <-late.C:
+		return err
+	}
+}
+
+// qemuEnd says how QEMU ended, nil for an end that the guest asked for. It is called after the end.
+func (a *agent) qemuEnd() error {
+	a.output.Wait() // its last words
+	exit := a.qemu.Exit()
+	if exit.Success() && a.step.Load() == "running" {
+		a.log.Info("QEMU ended", "how", exit, "max_rss_kib", exit.MaxRSS)
+		return nil
+	}
+	said := ""
+	if lines := a.tail.Lines(); len(lines) > 0 {
+		said = ": its last line: " + lines[len(lines)-1]
+	}
+	return hint(fmt.Errorf("QEMU ended: %v%s", exit, said), "QEMU's own messages stand above, as lines \"qemu\"")
+}
+
+// supervise waits for QEMU's end and says how it came.
+func (a *agent) supervise(ctx context.Context) error {
+	for {
+		select {
+		case err := <-a.failed:
+			a.log.Error("a service has ended; the guest goes on without it", "err", err)
+		case <-a.qemu.Done():
+			if err := a.qemuEnd(); err != nil {
+				return &stepError{"supervise", err}
+			}
+			return nil
+		}
+	}
+}
+
+// followEvents takes QEMU's events: an unplugged NIC's links go.
+func (a *agent) followEvents(ctx context.Context, events <-chan qmp.Event) error {
+	for e := range events {
+		a.log.Debug("QEMU event", "event", e.Event, "data", e.Data)
+		if e.Event != "DEVICE_DELETED" {
+			continue
+		}
+		id, _ := e.Data["device"].(string)
+		if err := a.net.Unplug(ctx, id); err != nil && !errors.Is(err, netup.ErrNoNIC) {
+			a.log.Error("unplugged NIC: its vif stays", "device", id, "err", err)
+		}
+	}
+	return a.monitor.Err()
+}
+
+// fatal says why the stubdomain ends: on console 0 and in xenstore. The guest cannot
+// go on without its device model: it is shut down with reason crash, so that its on_crash applies.
+func (a *agent) fatal(ctx context.Context, err error) {
+	a.log.Error(err.Error())
+	a.publish(ctx, "error", err.Error())
+	if a.qemu != nil {
+		_ = a.qemu.Kill(syscall.SIGKILL)
+	}
+	if a.cfg == nil {
+		return
+	}
+	if err := privcmd.RemoteShutdown(a.cfg.target, privcmd.Crash); err != nil {
+		a.log.Error("the guest could not be shut down and will hang: destroy it", "domid", a.cfg.target, "err", err)
+		return
+	}
+	a.log.Info("guest shut down with reason crash", "domid", a.cfg.target)
+}
+
+// publish writes a node of device-model/<g>/stubinit, for whoever looks with xenstore-ls.
+func (a *agent) publish(ctx context.Context, node, value string) {
+	if a.cfg == nil {
+		return
+	}
+	if err := a.xs.Write(ctx, a.cfg.devicePath()+"/stubinit/"+node, value); err != nil {
+		a.log.Debug("not published", "node", node, "err", err)
+	}
+}
+
+func (a *agent) publishPhase(ctx context.Context, phase string) { a.publish(ctx, "phase", phase) }
