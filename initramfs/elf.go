@@ -155,7 +155,9 @@ func (l *linker) find(name string, o *object) (found, error) {
 	var dirs []string
 	if len(o.runpath) == 0 {
 		for by := o; by != nil; by = by.loader {
-			dirs = append(dirs, l.expand(by.rpath, by)...)
+			if len(by.runpath) == 0 { // it makes an object's own DT_RPATH void
+				dirs = append(dirs, l.expand(by.rpath, by)...)
+			}
 		}
 	}
 	dirs = append(dirs, l.expand(o.runpath, o)...)
@@ -262,7 +264,7 @@ func (b *builder) libraries(l *linker, first *object) error {
 				return err
 			}
 			if f.conf {
-				if err := b.symlink(path.Join(l.builtin[0], name), f.path, "ld.so.conf, needed by "+o.path); err != nil {
+				if err := b.libraryLink(l, name, f.path, "needed by "+o.path); err != nil {
 					return err
 				}
 			}
@@ -278,6 +280,23 @@ func (b *builder) libraries(l *linker, first *object) error {
 		}
 	}
 	return nil
+}
+
+// libraryLink leads ld.so from the first folder that it knows by itself and the tree has to the library at p.
+func (b *builder) libraryLink(l *linker, name, p, why string) error {
+	for _, dir := range l.builtin {
+		real, links, info, err := b.root.resolve(dir)
+		if err != nil || !info.IsDir() {
+			continue
+		}
+		for _, link := range links {
+			if err := b.symlink(link.path, link.target, why); err != nil {
+				return err
+			}
+		}
+		return b.symlink(path.Join(real, name), p, why)
+	}
+	return fmt.Errorf("%s: the tree has none of %s", name, strings.Join(l.builtin, ", "))
 }
 
 // checkInit refuses what the kernel could not start, or what needs files that the image does not have.

@@ -11,7 +11,6 @@ import (
 	"io/fs"
 	"maps"
 	"os"
-	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -99,7 +98,7 @@ func writeFile(name string, write func(io.Writer) error) (sum string, size int64
 	return fmt.Sprintf("%x", hash.Sum(nil)), info.Size(), os.Rename(f.Name(), name)
 }
 
-// List prints every entry with its mode, size in bytes and everyone who asked for it.
+// List prints every entry with its mode, size in bytes and who asked for it: three at most, the first one first.
 func (im *Image) List(w io.Writer) error {
 	bw := bufio.NewWriter(w)
 	for _, e := range im.Entries {
@@ -110,7 +109,11 @@ func (im *Image) List(w io.Writer) error {
 		case fs.ModeDevice, fs.ModeDevice | fs.ModeCharDevice:
 			name += fmt.Sprintf(" (%d, %d)", e.Major, e.Minor)
 		}
-		fmt.Fprintf(bw, "%s %9d %s  [%s]\n", e.Mode, e.Size, name, strings.Join(e.Why, "; "))
+		why := strings.Join(e.Why[:min(3, len(e.Why))], "; ")
+		if more := len(e.Why) - 3; more > 0 {
+			why += fmt.Sprintf("; and %d more", more)
+		}
+		fmt.Fprintf(bw, "%s %9d %s  [%s]\n", e.Mode, e.Size, name, why)
 	}
 	for _, name := range im.BuiltIn {
 		fmt.Fprintf(bw, "# module %s is built into Linux %s\n", name, im.Kernel.Release)
@@ -169,19 +172,18 @@ func (im *Image) packages() ([]Package, error) {
 		if !e.Mode.IsRegular() {
 			continue
 		}
-		name, ok := owner[e.Path]
-		if !ok { // a package may still name /lib/x what is in /usr/lib/x
-			if name, ok = owner[strings.TrimPrefix(e.Path, "/usr")]; !ok {
-				for _, suffix := range moduleSuffixes[1:] {
-					if packed := strings.TrimSuffix(e.Path, ".ko") + suffix; !ok && path.Ext(e.Path) == ".ko" {
-						if name, ok = owner[packed]; !ok {
-							name, ok = owner[strings.TrimPrefix(packed, "/usr")]
-						}
-					}
-				}
+		name := ""
+		for _, suffix := range append([]string{""}, moduleSuffixes[1:]...) { // modules were packed in their package
+			p := e.Path
+			if suffix != "" {
+				p = strings.TrimSuffix(p, ".ko") + suffix
+			}
+			// Packages may still name /lib/x what is in /usr/lib/x.
+			if name = cmp.Or(owner[p], owner[strings.TrimPrefix(p, "/usr")]); name != "" {
+				break
 			}
 		}
-		if p := known[name]; ok && p != nil {
+		if p := known[name]; p != nil {
 			p.Bytes += e.Size
 			used[name] = p
 		}

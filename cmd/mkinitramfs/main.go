@@ -3,6 +3,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/stubinit/stubinit/initramfs"
+	"github.com/stubinit/stubinit/internal/qemu"
 )
 
 const usage = `usage: mkinitramfs [flags] -o DIR      write qemu-stubdom-linux-kernel, qemu-stubdom-linux-rootfs, stubdom-image.txt
@@ -86,7 +88,7 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		}
 	}
 	image, err := initramfs.Build(ctx, initramfs.Config{
-		Root: o.root, Manifest: manifest, Init: o.init, Kernel: o.kernel, Progress: progress,
+		Root: o.root, Manifest: manifest, Init: o.init, Kernel: o.kernel, ProbeQEMU: probe, Progress: progress,
 	})
 	if err != nil {
 		return err
@@ -124,6 +126,20 @@ func readManifest(name string) (*initramfs.Manifest, error) {
 	}
 	defer f.Close()
 	return initramfs.ParseManifest(f, name)
+}
+
+// probe runs the image's QEMU for what the agent would else have to find out at each start.
+func probe(ctx context.Context, command []string) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	features, err := qemu.ProbeBinary(ctx, func(ctx context.Context, args ...string) ([]byte, error) {
+		return exec.CommandContext(ctx, command[0], append(command[1:len(command):len(command)], args...)...).CombinedOutput()
+	})
+	if err != nil {
+		return nil, err
+	}
+	text, err := json.Marshal(features)
+	return append(text, '\n'), err
 }
 
 // fetch runs the project's script that unpacks Debian packages.

@@ -1,0 +1,199 @@
+// Package initramfstest makes small package trees, with ELF files and kernels that hold just what a builder of images reads.
+package initramfstest
+
+import (
+	"bytes"
+	"debug/elf"
+	"encoding/binary"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// ELF describes a 64-bit ELF file.
+type ELF struct {
+	Machine elf.Machine // EM_X86_64 if zero
+	Interp  string
+	Needed  []string
+	RPath   string
+	RunPath string
+	Modinfo []string // strings of .modinfo, which make it a kernel module
+	Content string   // more bytes, to make it differ
+}
+
+// Bytes is the file.
+func (e ELF) Bytes() []byte {
+	const headerSize, progSize, sectionSize = 64, 56, 64
+	if e.Machine == elf.EM_NONE {
+		e.Machine = elf.EM_X86_64
+	}
+	dynstr := "\x00"
+	var dynamic bytes.Buffer
+	tag := func(tag elf.DynTag, value string) {
+		binary.Write(&dynamic, binary.LittleEndian, elf.Dyn64{Tag: int64(tag), Val: uint64(len(dynstr))})
+		dynstr += value + "\x00"
+	}
+	for _, name := range e.Needed {
+		tag(elf.DT_NEEDED, name)
+	}
+	if e.RPath != "" {
+		tag(elf.DT_RPATH, e.RPath)
+	}
+	if e.RunPath != "" {
+		tag(elf.DT_RUNPATH, e.RunPath)
+	}
+	binary.Write(&dynamic, binary.LittleEndian, elf.Dyn64{})
+
+	type section struct {
+		name    string
+		kind    elf.SectionType
+		content []byte
+		link    uint32
+	}
+	sections := []section{
+		{"", elf.SHT_NULL, nil, 0},
+		{".dynstr", elf.SHT_STRTAB, []byte(dynstr), 0},
+		{".dynamic", elf.SHT_DYNAMIC, dynamic.Bytes(), 1},
+		{".interp", elf.SHT_PROGBITS, []byte(e.Interp + "\x00"), 0},
+		{".data", elf.SHT_PROGBITS, []byte(e.Content), 0},
+	}
+	if e.Modinfo != nil {
+		sections = append(sections, section{".modinfo", elf.SHT_PROGBITS, []byte(strings.Join(e.Modinfo, "\x00") + "\x00"), 0})
+	}
+	names := ""
+	for _, s := range sections {
+		names += s.name + "\x00"
+	}
+	names += ".shstrtab\x00"
+	sections = append(sections, section{".shstrtab", elf.SHT_STRTAB, []byte(names), 0})
+
+	var body bytes.Buffer
+	var headers []elf.Section64
+	var interp elf.Prog64
+	name := uint32(0)
+	for _, s := range sections {
+		offset := uint64(headerSize + progSize + body.Len())
+		size := uint64(len(s.content))
+		headers = append(headers, elf.Section64{Name: name, Type: uint32(s.kind), Off: offset, Size: size, Link: s.link, Addralign: 1})
+		if s.name == ".interp" {
+			interp = elf.Prog64{Type: uint32(elf.PT_INTERP), Off: offset, Filesz: size, Memsz: size}
+		}
+		body.Write(s.content)
+		name += uint32(len(s.name)) + 1
+	}
+	header := elf.Header64{
+		Type: uint16(elf.ET_DYN), Machine: uint16(e.Machine), Version: uint32(elf.EV_CURRENT),
+		Phoff: headerSize, Shoff: uint64(headerSize + progSize + body.Len()),
+		Ehsize: headerSize, Phentsize: progSize, Shentsize: sectionSize,
+		Shnum: uint16(len(sections)), Shstrndx: uint16(len(sections) - 1),
+	}
+	copy(header.Ident[:], elf.ELFMAG)
+	header.Ident[elf.EI_CLASS] = byte(elf.ELFCLASS64)
+	header.Ident[elf.EI_DATA] = byte(elf.ELFDATA2LSB)
+	header.Ident[elf.EI_VERSION] = byte(elf.EV_CURRENT)
+	if e.Interp != "" {
+		header.Phnum = 1
+	}
+	var file bytes.Buffer
+	binary.Write(&file, binary.LittleEndian, header)
+	binary.Write(&file, binary.LittleEndian, interp)
+	file.Write(body.Bytes())
+	binary.Write(&file, binary.LittleEndian, headers)
+	return file.Bytes()
+}
+
+// BzImage is the head of an x86 kernel: boot protocol 2.15, with an init_size of that many bytes.
+func BzImage(initSize uint32) []byte {
+	image := make([]byte, 1024)
+	copy(image[0x202:], "HdrS")
+	binary.LittleEndian.PutUint16(image[0x206:], 0x20f)
+	binary.LittleEndian.PutUint32(image[0x260:], initSize)
+	return image
+}
+
+// Write makes a tree in dir. Keys are paths in it; a value is a file's content, or "-> TARGET" for a link, or "dir".
+func Write(t testing.TB, dir string, tree map[string]string) {
+	t.Helper()
+	if err := WriteTree(dir, tree); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// WriteTree is Write outside of a test.
+func WriteTree(dir string, tree map[string]string) error {
+	for path, content := range tree {
+		name := filepath.Join(dir, path)
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			return err
+		}
+		var err error
+		if target, ok := strings.CutPrefix(content, "-> "); ok {
+			err = os.Symlink(target, name)
+		} else if content == "dir" {
+			err = os.MkdirAll(name, 0o755)
+		} else {
+			mode := os.FileMode(0o644)
+			if strings.HasPrefix(content, elf.ELFMAG) {
+				mode = 0o755
+			}
+			err = os.WriteFile(name, []byte(content), mode)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Debian is a tree as of a small Debian with merged /usr: a QEMU with two libraries, its firmware, a kernel with modules, and
+// the package database.
+func Debian() map[string]string {
+	const lib = "usr/lib/x86_64-linux-gnu/"
+	const modules = "usr/lib/modules/6.12.1-amd64/"
+	const interp = "/lib64/ld-linux-x86-64.so.2"
+	return map[string]string{
+		"bin": "-> usr/bin", "lib": "-> usr/lib", "lib64": "-> usr/lib64", "sbin": "-> usr/sbin",
+		"usr/bin": "dir", "usr/sbin": "dir",
+
+		"usr/libexec/qemu":    string(ELF{Interp: interp, Needed: []string{"libz.so.1", "libc.so.6"}, Content: "qemu"}.Bytes()),
+		lib + "libz.so.1":     "-> libz.so.1.3.1",
+		lib + "libz.so.1.3.1": string(ELF{Needed: []string{"libc.so.6"}, Content: "libz"}.Bytes()),
+		lib + "libc.so.6":     string(ELF{Interp: interp, Needed: []string{"ld-linux-x86-64.so.2"}, Content: "libc"}.Bytes()),
+		lib + "ld-linux-x86-64.so.2": string(ELF{
+			Content: "\x00/lib/x86_64-linux-gnu/\x00/usr/lib/x86_64-linux-gnu/\x00/lib/\x00/usr/lib/\x00"}.Bytes()),
+		lib + "libunused.so.1":            string(ELF{}.Bytes()),
+		"usr/lib64/ld-linux-x86-64.so.2":  "-> /lib/x86_64-linux-gnu/ld-linux-x86-64.so.2",
+		"usr/share/qemu/efi-e1000.rom":    "rom",
+		"usr/share/seabios/vgabios.bin":   "vga",
+		"boot/vmlinuz-6.12.1-amd64":       string(BzImage(48 << 20)),
+		"boot/config-6.12.1-amd64":        "# CONFIG_RD_LZ4 is not set\nCONFIG_RD_GZIP=y\nCONFIG_RD_ZSTD=y\n",
+		modules + "modules.builtin":       "kernel/drivers/xen/xen-fbfront.ko\n",
+		modules + "kernel/net/bridge.ko":  string(ELF{Modinfo: []string{"depends=stp,llc", "name=bridge"}}.Bytes()),
+		modules + "kernel/net/stp.ko":     string(ELF{Modinfo: []string{"depends=llc"}}.Bytes()),
+		modules + "kernel/net/llc.ko":     string(ELF{Modinfo: []string{"depends="}}.Bytes()),
+		modules + "kernel/xen-privcmd.ko": string(ELF{Modinfo: []string{"depends="}}.Bytes()),
+
+		"var/lib/dpkg/status":                    "Package: qemu-system-xen\nVersion: 1:10.0\nSource: qemu\n\nPackage: libc6\nVersion: 2.41-12\n\nPackage: unused\nVersion: 1\n",
+		"var/lib/dpkg/info/qemu-system-xen.list": "/.\n/usr/libexec/qemu\n",
+		"var/lib/dpkg/info/libc6:amd64.list":     "/lib/x86_64-linux-gnu/libc.so.6\n",
+		"var/lib/dpkg/info/unused.list":          "/usr/lib/x86_64-linux-gnu/libunused.so.1\n",
+	}
+}
+
+// DebianManifest takes what Debian has.
+const DebianManifest = `# test
+package qemu-system-xen linux-image-amd64
+dir /dev 0755
+node /dev/console 0600 c 5 1
+dir /tmp 1777
+qemu /usr/libexec/qemu
+firmware-path /usr/share/qemu /usr/share/seabios
+firmware efi-e1000.rom
+firmware vgabios.bin
+firmware? absent.bin
+module xen-privcmd unrestricted=1
+module bridge
+module? xen-fbfront
+module? xen-kbdfront
+`
