@@ -26,7 +26,7 @@ func (d kernelDevice) control(call func(fd uintptr) (int, error)) (n int, err er
 		return 0, err
 	}
 	if ctlErr := conn.Control(func(fd uintptr) { n, err = call(fd) }); ctlErr != nil {
-		return 0, ctlErr
+		return 0, os.ErrClosed // the one reason, under an error of package os's own
 	}
 	return n, err
 }

@@ -25,7 +25,7 @@ func (d kernelDevice) control(call func(fd uintptr) error) error {
 		return err
 	}
 	if ctlErr := conn.Control(func(fd uintptr) { err = call(fd) }); ctlErr != nil {
-		return ctlErr
+		return os.ErrClosed // the one reason, under an error of package os's own
 	}
 	return err
 }

@@ -35,7 +35,7 @@ func (d kernelDevice) ioctl(req uint, arg []byte) (value int, err error) {
 		}
 	})
 	if ctlErr != nil {
-		return 0, ctlErr
+		return 0, os.ErrClosed // the one reason, under an error of package os's own
 	}
 	return value, err
 }

@@ -75,8 +75,10 @@ type File struct{ dev device }
 
 // Open opens Device. In a domU, Linux since XSA-482 makes open wait until
 // xenstore is reachable.
-func Open() (*File, error) {
-	dev, err := openDevice(Device)
+func Open() (*File, error) { return open(Device) }
+
+func open(path string) (*File, error) {
+	dev, err := openDevice(path)
 	if err != nil {
 		var pe *fs.PathError
 		if errors.As(err, &pe) {
@@ -165,7 +167,11 @@ func remoteShutdownBuffer(reason Reason) []byte {
 // RemoteShutdown is File.RemoteShutdown on a device that is opened for it. An
 // agent that may have to act with no descriptors left opens a File beforehand.
 func RemoteShutdown(domid uint16, reason Reason) error {
-	f, err := Open()
+	return remoteShutdown(Device, domid, reason)
+}
+
+func remoteShutdown(path string, domid uint16, reason Reason) error {
+	f, err := open(path)
 	if err != nil {
 		return err
 	}
