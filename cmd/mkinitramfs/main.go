@@ -76,6 +76,13 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) error {
 	start := time.Now()
 	progress := func(s string) { fmt.Fprintf(stderr, "mkinitramfs: %5.1fs %s\n", time.Since(start).Seconds(), s) }
 
+	var compression initramfs.Compression
+	if o.compress != "auto" {
+		var err error
+		if compression, err = initramfs.ParseCompression(o.compress); err != nil {
+			return err
+		}
+	}
 	manifest, err := readManifest(o.manifest)
 	if err != nil {
 		return err
@@ -101,11 +108,8 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) error {
 	if o.out == "" {
 		return nil
 	}
-	compression := image.Kernel.Unpacks()[0]
-	if o.compress != "auto" {
-		if compression, err = initramfs.ParseCompression(o.compress); err != nil {
-			return err
-		}
+	if o.compress == "auto" {
+		compression = image.Kernel.Unpacks()[0]
 	}
 	progress(fmt.Sprintf("packing with %v", compression))
 	out, err := image.Write(ctx, o.out, compression)
