@@ -76,10 +76,11 @@ func (m *message) raw(f member) []byte {
 	return m.text[s.start:s.end]
 }
 
-// str gives a member that is a string, "" for anything else.
+// str gives a member that is a string, "" for anything else and for a string
+// longer than any command's name.
 func (m *message) str(f member) string {
 	var s string
-	if raw := m.raw(f); len(raw) > 0 && raw[0] == '"' && json.Unmarshal(raw, &s) == nil {
+	if raw := m.raw(f); len(raw) > 0 && len(raw) <= 256 && raw[0] == '"' && json.Unmarshal(raw, &s) == nil {
 		return s
 	}
 	return ""
@@ -327,12 +328,16 @@ func (s *scanner) scan(b []byte) (n int, done bool, err error) {
 			}
 
 		case inString:
+			var all byte
 			start := i
 			for i < len(b) && b[i] != '"' && b[i] != '\\' && b[i] >= ' ' {
-				s.high = s.high || b[i] >= 0x80
+				all |= b[i]
 				i++
 			}
-			s.addKey(b[start:i])
+			s.high = s.high || all >= 0x80
+			if s.key {
+				s.addKey(b[start:i])
+			}
 			switch {
 			case i == len(b):
 			case b[i] == '\\':

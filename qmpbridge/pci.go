@@ -2,6 +2,7 @@ package qmpbridge
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -41,13 +42,13 @@ type Uevents interface {
 // hostaddr ("0000:03:00.0" or "03:00.0"), up to its configuration space, which
 // is what QEMU opens first. It is meant for Options.PCIReady.
 func (p *PCI) Ready(ctx context.Context, hostaddr string) error {
-	real, err := parseBDF(hostaddr)
+	host, err := parseBDF(hostaddr)
 	if err != nil {
 		return err
 	}
-	here, err := p.address(ctx, real)
+	here, err := p.address(ctx, host)
 	if err != nil {
-		return fmt.Errorf("PCI device %v: %w", real, err)
+		return fmt.Errorf("PCI device %v: %w", host, err)
 	}
 	sysfs := p.Sysfs
 	if sysfs == "" {
@@ -59,7 +60,7 @@ func (p *PCI) Ready(ctx context.Context, hostaddr string) error {
 	}
 	events, err := listen()
 	if err != nil {
-		return fmt.Errorf("PCI device %v: %w", real, err)
+		return fmt.Errorf("PCI device %v: %w", host, err)
 	}
 	defer events.Close()
 	node := filepath.Join(sysfs, "bus/pci/devices", here.String(), "config")
@@ -68,7 +69,7 @@ func (p *PCI) Ready(ctx context.Context, hostaddr string) error {
 		return err == nil
 	})
 	if err != nil {
-		return fmt.Errorf("PCI device %v: %s has not come: %w", real, node, err)
+		return fmt.Errorf("PCI device %v: %s has not come: %w", host, node, err)
 	}
 	return nil
 }
@@ -76,10 +77,13 @@ func (p *PCI) Ready(ctx context.Context, hostaddr string) error {
 // address gives the address under which the stubdomain sees a device. The
 // backend has dev-N, the host's, written by libxl, and vdev-N, the stubdomain's,
 // written by xen-pciback (drivers/xen/xen-pciback/xenbus.c) before it connects.
-func (p *PCI) address(ctx context.Context, real bdf) (bdf, error) {
+func (p *PCI) address(ctx context.Context, host bdf) (bdf, error) {
 	backend, err := p.Xenstore.Read(ctx, "device/pci/0/backend") // libxl makes one frontend a domain
 	if err != nil {
 		return bdf{}, err
+	}
+	if backend == "" {
+		return bdf{}, errors.New("device/pci/0/backend is empty in xenstore")
 	}
 	nodes, err := p.Xenstore.List(ctx, backend)
 	if err != nil {
@@ -94,7 +98,7 @@ func (p *PCI) address(ctx context.Context, real bdf) (bdf, error) {
 		if err != nil {
 			return bdf{}, err
 		}
-		if dev, err := parseBDF(value); err != nil || dev != real {
+		if dev, err := parseBDF(value); err != nil || dev != host {
 			continue
 		}
 		value, err = p.Xenstore.WaitFor(ctx, backend+"/vdev-"+n, func(v string, exists bool) bool { return exists && v != "" })

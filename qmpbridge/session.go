@@ -178,11 +178,11 @@ func (s *session) readToolstack() error {
 
 func (s *session) parse(m *message) *request {
 	r := &request{line: line(m.text, "\n"), id: bytes.Clone(m.raw(memberID))}
-	if r.command = m.str(memberExecute); r.command == "" {
-		r.command = m.str(memberExecOOB)
-		r.oob = r.command != ""
+	if !m.has(memberExecute) {
+		r.command, r.oob = m.str(memberExecOOB), m.has(memberExecOOB)
 		return r
 	}
+	r.command = m.str(memberExecute)
 	var arguments map[string]any
 	switch r.command {
 	case "device_add":
@@ -211,6 +211,9 @@ func (s *session) send(r *request) error {
 	case r.save:
 		s.prepare(r)
 	}
+	if s.ctx.Err() != nil {
+		return context.Cause(s.ctx)
+	}
 	if err := s.expect(r); err != nil {
 		return err
 	}
@@ -227,6 +230,7 @@ func (s *session) send(r *request) error {
 		select {
 		case <-r.released:
 		case <-s.ctx.Done():
+			return context.Cause(s.ctx)
 		}
 	}
 	return nil
@@ -272,8 +276,9 @@ func (s *session) expect(r *request) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r.sent = time.Now()
-	if s.unanswered += r.cost(); s.unanswered > maxUnanswered {
-		return fmt.Errorf("QEMU has not answered %d requests", len(s.inBand)+len(s.outOfBand))
+	waiting := len(s.inBand) + len(s.outOfBand)
+	if s.unanswered += r.cost(); s.unanswered > maxUnanswered && waiting > 0 {
+		return fmt.Errorf("QEMU has not answered %d requests", waiting)
 	}
 	if r.oob {
 		s.outOfBand = append(s.outOfBand, r)
@@ -390,7 +395,7 @@ func (s *session) take(m *message, good bool) (*request, error) {
 }
 
 // qemuGone answers what QEMU will not answer any more, and ends the session when
-// that is written, or soon.
+// that is written, or soon (drainLimit).
 func (s *session) qemuGone(err error) {
 	cause := errQEMUClosed
 	if !errors.Is(err, io.EOF) {
@@ -398,7 +403,7 @@ func (s *session) qemuGone(err error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.gone {
+	if s.gone || s.ctx.Err() != nil { // the session's end closes the monitor too
 		return
 	}
 	s.gone = true
