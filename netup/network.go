@@ -7,7 +7,8 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
-	"os"
+	"path/filepath"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -52,7 +53,7 @@ type port struct {
 	index     int  // of the vif's link; 0 while it is not in the bridge
 	up        bool // the vif's link is
 	unplugged bool
-	unbound   chan error // takes the result of the one write to unbind; nil before it
+	unbinding *unbinding // under way or done; nil before
 }
 
 // ErrNoNIC is what Unplug returns for a device that is no planned NIC.
@@ -126,10 +127,9 @@ func (n *Network) Setup(ctx context.Context, plan []NIC) error {
 func (n *Network) do(op Op) error {
 	var err error
 	switch op.Kind {
-	case DisableIPv6:
-		// Before any link is up, or it would have an address already. "all" is for links that exist and for those to come.
-		// A kernel without IPv6 has no such file.
-		if err = os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte("1"), 0); errors.Is(err, fs.ErrNotExist) {
+	case SetSysctl:
+		err = writeFile(filepath.Join("/proc/sys", op.Link), strconv.Itoa(op.Value))
+		if errors.Is(err, fs.ErrNotExist) {
 			err = nil
 		}
 	case AddBridge:
@@ -155,7 +155,7 @@ func (n *Network) do(op Op) error {
 
 // addBridge makes a bridge with all its settings, and up, in one request.
 func (n *Network) addBridge(op Op) error {
-	req := n.request(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
+	req := n.request(unix.RTM_NEWLINK, unix.NLM_F_ACK|unix.NLM_F_CREATE|unix.NLM_F_EXCL)
 	req.AddData(ifinfo(0, unix.IFF_UP))
 	req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(op.Link)))
 	req.AddData(nl.NewRtAttr(unix.IFLA_ADDRESS, op.MAC))
@@ -178,7 +178,7 @@ func (n *Network) setPort(op Op) error {
 	if err != nil {
 		return err
 	}
-	req := n.request(unix.RTM_SETLINK, 0)
+	req := n.request(unix.RTM_SETLINK, unix.NLM_F_ACK)
 	req.AddData(ifinfo(0, unix.IFF_UP))
 	req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(op.Link)))
 	req.AddData(nl.NewRtAttr(unix.IFLA_ADDRESS, op.MAC))
@@ -190,14 +190,14 @@ func (n *Network) setPort(op Op) error {
 }
 
 func (n *Network) setDown(op Op) error {
-	req := n.request(unix.RTM_SETLINK, 0)
+	req := n.request(unix.RTM_SETLINK, unix.NLM_F_ACK)
 	req.AddData(ifinfo(unix.IFF_UP, 0))
 	req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(op.Link)))
 	return execute(req)
 }
 
 func (n *Network) deleteLink(name string) error {
-	req := n.request(unix.RTM_DELLINK, 0)
+	req := n.request(unix.RTM_DELLINK, unix.NLM_F_ACK)
 	req.AddData(ifinfo(0, 0))
 	req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
 	return execute(req)
@@ -225,9 +225,6 @@ func (n *Network) links(f func(link)) error {
 const skipStats = 1 << 3
 
 func (n *Network) request(kind, flags int) *nl.NetlinkRequest {
-	if flags&unix.NLM_F_DUMP == 0 {
-		flags |= unix.NLM_F_ACK
-	}
 	req := nl.NewNetlinkRequest(kind, flags)
 	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: n.requests}
 	return req

@@ -12,7 +12,8 @@
 // link-local addresses (BR_GROUPFWD_RESTRICTED in net/bridge/br_private.h), of which 01:80:c2:00:00:00 passes anyway while
 // spanning tree is off. Multicast snooping is off, or the bridge would drop what nobody joined. No port has an address, and
 // IPv6 is off in the whole network namespace. The ports' own MAC addresses are ours (fe:ff:…), because a bridge keeps frames to
-// a port's address for itself; a vif comes with the guest's.
+// a port's address for itself; a vif comes with the guest's. Where the kernel has br_netfilter, it is told not to look at bridged
+// packets: it drops what is no good IPv4 or IPv6, and puts fragments together.
 //
 // # Offloads
 //
@@ -170,7 +171,7 @@ type OpKind int
 
 // The operations, in the order in which they come in a NIC's life.
 const (
-	DisableIPv6  OpKind = iota // in the whole network namespace, before there are links
+	SetSysctl    OpKind = iota // of the whole network namespace; one that the kernel lacks is nothing to set
 	AddBridge                  // made up
 	AddTap                     // persistent; its settings follow by a SetPort
 	SetDown                    // the address of a link that is up cannot be changed
@@ -179,10 +180,11 @@ const (
 	DeleteTap
 )
 
-// An Op is one operation on one link.
+// An Op is one operation on one link, or on a sysctl.
 type Op struct {
 	Kind   OpKind
-	Link   string
+	Link   string           // its name; of a sysctl, its path under /proc/sys
+	Value  int              // of a sysctl
 	MAC    net.HardwareAddr // the link's own
 	MTU    int              // in bytes; 0 leaves it. A bridge follows its ports.
 	Bridge string           // of a port
@@ -191,8 +193,8 @@ type Op struct {
 // String is the operation in the words of ip(8).
 func (o Op) String() string {
 	switch o.Kind {
-	case DisableIPv6:
-		return "sysctl net.ipv6.conf.all.disable_ipv6=1"
+	case SetSysctl:
+		return fmt.Sprintf("sysctl %s=%d", o.Link, o.Value)
 	case AddBridge:
 		return fmt.Sprintf("add bridge %s address %s stp_state 0 forward_delay 0 ageing_time 0 group_fwd_mask %#x mcast_snooping 0 up",
 			o.Link, o.MAC, groupFwdMask)
@@ -222,7 +224,13 @@ func Ops(nics []NIC) []Op {
 	if len(nics) == 0 {
 		return nil
 	}
-	ops := []Op{{Kind: DisableIPv6}}
+	ops := []Op{
+		// Before any link is up, or it would have an address already. "all" is for links that exist and for those to come.
+		{Kind: SetSysctl, Link: "net/ipv6/conf/all/disable_ipv6", Value: 1},
+		{Kind: SetSysctl, Link: "net/bridge/bridge-nf-call-arptables", Value: 0},
+		{Kind: SetSysctl, Link: "net/bridge/bridge-nf-call-iptables", Value: 0},
+		{Kind: SetSysctl, Link: "net/bridge/bridge-nf-call-ip6tables", Value: 0},
+	}
 	for _, n := range nics {
 		ops = append(ops, n.setupOps()...)
 	}

@@ -88,35 +88,43 @@ func (n *Network) closeVif(ctx context.Context, p *port) error {
 func (n *Network) unbind(ctx context.Context, p *port) error {
 	path := filepath.Join(n.opts.Sys, "bus/xen/drivers/vif/unbind")
 	n.mu.Lock()
-	if p.unbound == nil {
-		p.unbound = make(chan error, 1)
+	u := p.unbinding
+	if u == nil {
+		u = &unbinding{done: make(chan struct{})}
+		p.unbinding = u
 		n.unbinds.Go(func() {
-			err := writeSys(path, busName(p.Vif))
-			// No driver, or one that does not have this vif: nothing to unbind.
-			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
-				err = nil
+			defer close(u.done)
+			u.err = writeFile(path, busName(p.Vif))
+			switch {
+			case errors.Is(u.err, fs.ErrNotExist), errors.Is(u.err, unix.ENODEV):
+				u.err = nil // no driver, or one that does not have this vif: nothing to unbind
+			case u.err != nil:
+				n.mu.Lock()
+				p.unbinding = nil // a later call tries again
+				n.mu.Unlock()
 			}
-			p.unbound <- err
 		})
 	}
 	n.mu.Unlock()
 	select {
-	case err := <-p.unbound:
-		if err != nil {
-			n.mu.Lock()
-			p.unbound = nil // a later call tries again
-			n.mu.Unlock()
-			return fmt.Errorf("unbind %s from its driver: %w", busName(p.Vif), err)
+	case <-u.done:
+		if u.err != nil {
+			return fmt.Errorf("unbind %s from its driver: %w", busName(p.Vif), u.err)
 		}
-		p.unbound <- nil // for a later call
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("unbind %s from its driver: the backend %s does not close: %w", busName(p.Vif), p.Backend, ctx.Err())
 	}
 }
 
-// writeSys writes a file of sysfs, which os.WriteFile would try to make if it were not there.
-func writeSys(path, value string) error {
+// An unbinding is a write to a driver's unbind file.
+type unbinding struct {
+	done chan struct{}
+	err  error // once done is closed
+}
+
+// writeFile writes a file of sysfs or procfs, which os.WriteFile would try to make if it were not there.
+func writeFile(path, value string) error {
 	f, err := os.OpenFile(path, os.O_WRONLY, 0)
 	if err != nil {
 		return err

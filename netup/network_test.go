@@ -1,0 +1,290 @@
+package netup
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+)
+
+// fakeStore is a xenstore of a few nodes that notes what is done to it.
+type fakeStore struct {
+	mu    sync.Mutex
+	nodes map[string]string
+	err   map[string]error // by operation
+	done  []string
+}
+
+func (s *fakeStore) op(name, path string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.done = append(s.done, name+" "+path)
+	if err := s.err[name]; err != nil {
+		return fmt.Errorf("%s %s: %w", name, path, err)
+	}
+	return nil
+}
+
+func (s *fakeStore) Read(_ context.Context, path string) (string, error) {
+	if v, ok := s.nodes[path]; ok {
+		return v, s.op("read", path)
+	}
+	return "", fmt.Errorf("read %s: %w", path, syscall.ENOENT)
+}
+
+func (s *fakeStore) Write(_ context.Context, path, value string) error {
+	return s.op("write", path+"="+value)
+}
+
+func (s *fakeStore) Remove(_ context.Context, path string) error { return s.op("remove", path) }
+
+// fakeSys makes a sysfs with vif's driver, whose unbind is a file that takes anything.
+func fakeSys(t *testing.T) (sys, unbind string) {
+	sys = t.TempDir()
+	unbind = filepath.Join(sys, "bus/xen/drivers/vif/unbind")
+	if err := os.MkdirAll(filepath.Dir(unbind), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(unbind, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return sys, unbind
+}
+
+func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
+
+func openNetwork(t *testing.T, opts Options) *Network {
+	t.Helper()
+	if opts.Log == nil {
+		opts.Log = quiet()
+	}
+	n, err := New(opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { n.Close() })
+	return n
+}
+
+func TestCloseVif(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		state string
+		err   map[string]error
+		want  []string
+		fails error
+	}{
+		{"the driver has closed it", "6", nil, []string{"read device/vif/2/state", "remove device/vif/2"}, nil},
+		{"no driver had it", "1", nil, []string{"read device/vif/2/state", "write device/vif/2/state=6", "remove device/vif/2"}, nil},
+		{"removed before", "", nil, nil, nil},
+		{"may not be removed", "6", map[string]error{"remove": syscall.EACCES}, []string{"read device/vif/2/state", "remove device/vif/2"}, nil},
+		{"xenstore fails", "6", map[string]error{"remove": syscall.EIO}, []string{"read device/vif/2/state", "remove device/vif/2"}, syscall.EIO},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			sys, unbind := fakeSys(t)
+			store := &fakeStore{nodes: make(map[string]string), err: tt.err}
+			if tt.state != "" {
+				store.nodes["device/vif/2/state"] = tt.state
+			}
+			n := openNetwork(t, Options{Store: store, Sys: sys})
+			if err := n.closeVif(t.Context(), &port{NIC: NIC{Vif: 2}}); !errors.Is(err, tt.fails) {
+				t.Errorf("closeVif: %v, want %v", err, tt.fails)
+			}
+			if d := cmp.Diff(tt.want, store.done); d != "" {
+				t.Error(d)
+			}
+			if got, err := os.ReadFile(unbind); err != nil || string(got) != "vif-2" {
+				t.Errorf("unbind got %q, %v", got, err)
+			}
+		})
+	}
+}
+
+func TestUnbindWithoutDriver(t *testing.T) {
+	n := openNetwork(t, Options{Sys: t.TempDir()})
+	if err := n.unbind(t.Context(), &port{}); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestUnbindFailsThenWorks(t *testing.T) {
+	sys, unbind := fakeSys(t)
+	n := openNetwork(t, Options{Sys: sys})
+	p := &port{NIC: NIC{Vif: 2}}
+	if err := os.Remove(unbind); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(unbind, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.unbind(t.Context(), p); !errors.Is(err, syscall.EISDIR) || !strings.Contains(err.Error(), unbind) {
+		t.Errorf("unbind: %v, want EISDIR of %s", err, unbind)
+	}
+	if err := os.Remove(unbind); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(unbind, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.unbind(t.Context(), p); err != nil {
+		t.Error(err)
+	}
+}
+
+// A backend that does not answer holds the write in the kernel. A FIFO that nobody reads does the same.
+func TestUnbindIsBounded(t *testing.T) {
+	sys, unbind := fakeSys(t)
+	if err := os.Remove(unbind); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mkfifo(unbind, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n := openNetwork(t, Options{Sys: sys})
+	p := &port{NIC: NIC{Vif: 2, Backend: "/local/domain/5/backend/vif/8/2"}}
+	for range 2 { // the second call waits for the same write
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		err := n.unbind(ctx, p)
+		cancel()
+		if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), p.Backend) {
+			t.Errorf("unbind: %v, want a deadline that names the backend", err)
+		}
+	}
+	f, err := os.Open(unbind)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := n.unbind(t.Context(), p); err != nil {
+		t.Error(err)
+	}
+	buf := make([]byte, 64)
+	if got, err := f.Read(buf); err != nil || string(buf[:got]) != "vif-2" {
+		t.Errorf("unbind got %q, %v", buf[:got], err)
+	}
+}
+
+func TestUnplugUnknown(t *testing.T) {
+	n := openNetwork(t, Options{})
+	n.ports = []*port{{NIC: NIC{Tap: "a"}}}
+	for _, id := range []string{"", "nic9"} {
+		if err := n.Unplug(t.Context(), id); !errors.Is(err, ErrNoNIC) {
+			t.Errorf("Unplug(%q) = %v, want ErrNoNIC", id, err)
+		}
+	}
+}
+
+func TestMatchEqualAddresses(t *testing.T) {
+	sys := t.TempDir()
+	for link, dev := range map[string]string{"eth0": "vif-1", "eth1": "vif-0", "eth2": "vif-9"} {
+		dir := filepath.Join(sys, "class/net", link)
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink("../../../"+dev, filepath.Join(dir, "device")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n := openNetwork(t, Options{Sys: sys})
+	a := mac("00:16:3e:00:00:01")
+	n.ports = []*port{{NIC: NIC{Vif: 0, MAC: a}}, {NIC: NIC{Vif: 1, MAC: a}}, {NIC: NIC{Vif: NoVif, MAC: a}}}
+	vifOf := func(name string) int {
+		if p := n.match(link{index: 9, name: name, mac: a}); p != nil {
+			return p.Vif
+		}
+		return NoVif
+	}
+	got := []int{vifOf("eth0"), vifOf("eth1"), vifOf("eth2"), vifOf("nosysfs")}
+	if d := cmp.Diff([]int{1, 0, NoVif, 0}, got); d != "" {
+		t.Error(d)
+	}
+	n.ports[0].index = 4
+	got = []int{vifOf("eth0"), vifOf("eth1"), vifOf("nosysfs")}
+	if d := cmp.Diff([]int{1, NoVif, 1}, got); d != "" {
+		t.Errorf("one has joined: %s", d)
+	}
+}
+
+// linkMessage is the payload of an rtnetlink message as the kernel writes it: struct ifinfomsg, then IFLA_IFNAME (3), IFLA_ADDRESS (1)
+// and IFLA_MTU (4), each padded to 4 bytes.
+func linkMessage(family byte, flags uint32) []byte {
+	ne := binary.NativeEndian
+	b := []byte{family, 0, 1, 0}
+	b = ne.AppendUint32(b, 7)
+	b = ne.AppendUint32(b, flags)
+	b = ne.AppendUint32(b, 0)
+	b = ne.AppendUint16(ne.AppendUint16(b, 9), 3)
+	b = append(b, "eth0\x00\x00\x00\x00"...)
+	b = ne.AppendUint16(ne.AppendUint16(b, 10), 1)
+	b = append(b, 0, 0x16, 0x3e, 0, 0, 1, 0, 0)
+	b = ne.AppendUint16(ne.AppendUint16(b, 8), 4)
+	return ne.AppendUint32(b, 9000)
+}
+
+func TestParseLink(t *testing.T) {
+	want := link{index: 7, name: "eth0", mac: mac("00:16:3e:00:00:01"), mtu: 9000}
+	up := want
+	up.up, up.running = true, true
+	gone := want
+	gone.gone = true
+	for _, tt := range []struct {
+		name string
+		kind uint16
+		msg  []byte
+		want link
+		ok   bool
+	}{
+		{"new", unix.RTM_NEWLINK, linkMessage(unix.AF_UNSPEC, 0), want, true},
+		{"up", unix.RTM_NEWLINK, linkMessage(unix.AF_UNSPEC, unix.IFF_UP|unix.IFF_RUNNING), up, true},
+		{"gone", unix.RTM_DELLINK, linkMessage(unix.AF_UNSPEC, 0), gone, true},
+		{"a port left its bridge", unix.RTM_DELLINK, linkMessage(unix.AF_BRIDGE, 0), link{}, false},
+		{"an address", unix.RTM_NEWADDR, linkMessage(unix.AF_UNSPEC, 0), link{}, false},
+		{"short", unix.RTM_NEWLINK, make([]byte, 15), link{}, false},
+		{"bad attribute", unix.RTM_NEWLINK, append(make([]byte, 16), 200, 0, 0, 0), link{}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			got, ok := parseLink(tt.kind, tt.msg)
+			if ok != tt.ok {
+				t.Errorf("ok = %v", ok)
+			}
+			if d := cmp.Diff(tt.want, got, cmp.AllowUnexported(link{})); d != "" {
+				t.Error(d)
+			}
+		})
+	}
+}
+
+func TestIoctlNumbers(t *testing.T) {
+	// linux/if_tun.h and linux/sockios.h; the same on amd64 and arm64.
+	got := []int{unix.TUNSETIFF, unix.TUNSETPERSIST, unix.TUNSETOWNER, unix.TUNSETGROUP, unix.SIOCGIFINDEX, tapFlags}
+	want := []int{0x400454ca, 0x400454cb, 0x400454cc, 0x400454ce, 0x8933, 0x5002}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
+	}
+}
+
+func TestErrorsNameTheLink(t *testing.T) {
+	n := openNetwork(t, Options{})
+	err := n.do(Op{Kind: SetPort, Link: "nosuchtap", MAC: mac("fe:ff:00:00:00:01"), Bridge: "nosuchbridge"})
+	if !errors.Is(err, unix.ENODEV) {
+		t.Errorf("%v is not ENODEV", err)
+	}
+	want := "set nosuchtap address fe:ff:00:00:00:01 master nosuchbridge up: ioctl SIOCGIFINDEX: no such device"
+	if err == nil || err.Error() != want {
+		t.Errorf("error %q, want %q", err, want)
+	}
+	if err := n.do(Op{Kind: 99}); !errors.Is(err, errors.ErrUnsupported) {
+		t.Errorf("unknown operation: %v", err)
+	}
+}
