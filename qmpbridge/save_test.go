@@ -165,6 +165,7 @@ func TestSave(t *testing.T) {
 			b.qemu.send(saved)
 			synctest.Wait()
 			b.qemu.Close()
+			synctest.Wait()
 			b.commit <- nil
 			b.toolstack.expect(saved)
 			b.toolstack.expectClose()

@@ -11,6 +11,7 @@ import (
 	"net"
 	"reflect"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -164,10 +165,8 @@ func (s *session) readToolstack() error {
 			end:   fmt.Errorf("the toolstack sent what is not QMP: %w", bad),
 		}, 0)
 		return nil
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-		return errToolstackClosed
 	case err != nil:
-		return fmt.Errorf("read from the toolstack: %w", err)
+		return toolstackError("read from", err)
 	}
 	r := s.parse(&m)
 	if !s.toQEMU.put(r, len(r.line)+itemOverhead) {
@@ -434,7 +433,7 @@ func (s *session) deliver(a answer) error {
 	}
 	if len(a.line) > 0 {
 		if _, err := s.toolstack.Write(a.line); err != nil {
-			return fmt.Errorf("write to the toolstack: %w", err)
+			return toolstackError("write to", err)
 		}
 	}
 	if a.save != nil {
@@ -445,6 +444,17 @@ func (s *session) deliver(a answer) error {
 		}
 	}
 	return a.end
+}
+
+// toolstackError tells a toolstack that is gone, as it may be at any time, from
+// a connection that failed.
+func toolstackError(op string, err error) error {
+	for _, gone := range []error{io.EOF, io.ErrUnexpectedEOF, io.ErrClosedPipe, net.ErrClosed, syscall.EPIPE, syscall.ECONNRESET} {
+		if errors.Is(err, gone) {
+			return errToolstackClosed
+		}
+	}
+	return fmt.Errorf("%s the toolstack: %w", op, err)
 }
 
 func (s *session) commit(a *answer) {
