@@ -382,8 +382,25 @@ func (m *Monitor) acquire(ctx context.Context, token chan struct{}) error {
 	}
 }
 
-// send writes one line. When ctx ends in the middle of it the connection is of no use any more and is closed.
+// send writes one line, with f attached if there is one.
 func (m *Monitor) send(ctx context.Context, line []byte, f *os.File) error {
+	if f == nil {
+		return m.write(ctx, line, nil)
+	}
+	// Not f.Fd(): it would make the file blocking for its owner.
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var writeErr error
+	if err := raw.Control(func(fd uintptr) { writeErr = m.write(ctx, line, unix.UnixRights(int(fd))) }); err != nil {
+		return fmt.Errorf("descriptor of %s: %w", f.Name(), os.ErrClosed) // Control's one error, which os does not translate
+	}
+	return writeErr
+}
+
+// write writes one line; rights go with its first byte. When ctx ends in the middle of the line the connection is of no use any more and is closed.
+func (m *Monitor) write(ctx context.Context, line, rights []byte) error {
 	if err := m.acquire(ctx, m.writing); err != nil {
 		return err
 	}
@@ -399,8 +416,8 @@ func (m *Monitor) send(ctx context.Context, line []byte, f *os.File) error {
 	})
 	var n int
 	var err error
-	if f != nil {
-		n, err = m.writeWithFile(line, f)
+	if rights != nil {
+		n, _, err = m.conn.(*net.UnixConn).WriteMsgUnix(line, rights, nil) // checked by ExecuteWithFile
 	}
 	if err == nil && n < len(line) {
 		var more int
@@ -414,26 +431,14 @@ func (m *Monitor) send(ctx context.Context, line []byte, f *os.File) error {
 	switch {
 	case err == nil:
 		return nil
-	case n == 0 && ctx.Err() != nil && errors.Is(err, os.ErrDeadlineExceeded):
+	case ctx.Err() == nil:
+		m.end(err)
+	case n == 0 && errors.Is(err, os.ErrDeadlineExceeded):
 		return ctx.Err()
-	case ctx.Err() != nil:
-		err = fmt.Errorf("%w after %d of %d bytes of a command", ctx.Err(), n, len(line))
+	default:
+		m.end(fmt.Errorf("%w after %d of %d bytes of a command", ctx.Err(), n, len(line)))
 	}
-	m.end(err)
 	return m.Err()
-}
-
-// writeWithFile sends the start of line, as much as the socket takes, with f attached to it.
-func (m *Monitor) writeWithFile(line []byte, f *os.File) (n int, err error) {
-	// Not f.Fd(): it would make the file blocking for its owner.
-	raw, err := f.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	ctlErr := raw.Control(func(fd uintptr) {
-		n, _, err = m.conn.(*net.UnixConn).WriteMsgUnix(line, unix.UnixRights(int(fd)), nil)
-	})
-	return n, errors.Join(err, ctlErr)
 }
 
 // end closes the connection for a cause. Only the first call counts; it returns the error of closing.
