@@ -147,10 +147,15 @@ func (n *Network) do(op Op) error {
 	default:
 		err = errors.ErrUnsupported
 	}
-	if err != nil {
-		return fmt.Errorf("%s: %w", op, err)
+	switch {
+	case err == nil:
+		return nil
+	case op.Kind == AddBridge && errors.Is(err, unix.EOPNOTSUPP):
+		return fmt.Errorf("%s: %w: the kernel needs the module bridge", op, err)
+	case op.Kind == AddTap && (errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV)):
+		return fmt.Errorf("%s: %w: the kernel needs the module tun", op, err)
 	}
-	return nil
+	return fmt.Errorf("%s: %w", op, err)
 }
 
 // addBridge makes a bridge with all its settings, and up, in one request.

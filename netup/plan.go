@@ -95,6 +95,9 @@ func Plan(vifs []Vif, dmArgv []string) ([]NIC, error) {
 		own.avoid = append(own.avoid, d.mac)
 	}
 	for _, v := range vifs {
+		if v.MTU != 0 && (v.MTU < minMTU || v.MTU > maxMTU) {
+			return nil, fmt.Errorf("plan the network: device/vif/%d/mtu is %d, not between %d and %d", v.ID, v.MTU, minMTU, maxMTU)
+		}
 		own.avoid = append(own.avoid, v.MAC)
 	}
 	names := make(map[string]bool)
@@ -142,7 +145,7 @@ func checkIfname(name string) error {
 		return fmt.Errorf("%q is longer than 15 bytes", name)
 	case name == "." || name == ".." || name == "lo":
 		return fmt.Errorf("%q cannot be a tap's name", name)
-	case strings.ContainsAny(name, "/:% \t\n\v\f\r\x00\xa0"):
+	case strings.ContainsAny(name, "/:% \t\n\v\f\r\x00") || strings.IndexByte(name, 0xa0) >= 0: // a space to the kernel
 		return fmt.Errorf("%q holds a byte that no link's name may hold", name)
 	case name == "":
 		return errors.New("it is empty")
@@ -257,8 +260,12 @@ func (n NIC) JoinOps(link string, mtu int, up bool) []Op {
 	return append(ops, Op{Kind: SetPort, Link: link, MAC: n.VifMAC, MTU: n.MTU, Bridge: n.Bridge})
 }
 
-// defaultMTU is what a new tap has (ETH_DATA_LEN).
-const defaultMTU = 1500
+// MTUs in bytes: a new tap's (ETH_DATA_LEN), the smallest (ETH_MIN_MTU) and a tap's largest (drivers/net/tun.c).
+const (
+	defaultMTU = 1500
+	minMTU     = 68
+	maxMTU     = 65535 - 14
+)
 
 // UnplugOps returns what takes the NIC's own links away.
 func (n NIC) UnplugOps() []Op {

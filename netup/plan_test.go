@@ -139,6 +139,7 @@ func TestPlanErrors(t *testing.T) {
 		{argv("-netdev tap,id=net0,ifname=vif12345.10-emux"), `ifname of netdev "net0": "vif12345.10-emux" is longer than 15 bytes`},
 		{argv("-netdev tap,id=net0,ifname=../x"), "holds a byte that no link's name may hold"},
 		{argv("-netdev tap,id=net0,ifname=vif%d"), "holds a byte that no link's name may hold"},
+		{[]string{"-netdev", "tap,id=net0,ifname=a\xa0b"}, "holds a byte that no link's name may hold"},
 		{[]string{"-netdev", "tap,id=net0,ifname=a b"}, "holds a byte that no link's name may hold"},
 		{argv("-netdev tap,id=net0,ifname=.."), "cannot be a tap's name"},
 		{argv("-netdev tap,id=net0,ifname=a -netdev tap,id=net1,ifname=a"), `ifname "a" of netdev "net1" is used twice`},
@@ -152,6 +153,16 @@ func TestPlanErrors(t *testing.T) {
 	} {
 		if nics, err := Plan(nil, tt.argv); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("Plan(%q) = %v, %v; want an error with %q", tt.argv, nics, err, tt.want)
+		}
+	}
+}
+
+func TestPlanMTUErrors(t *testing.T) {
+	for _, mtu := range []int{-1, 67, 65522} {
+		v := vif(3, "00:16:3e:00:00:01")
+		v.MTU = mtu
+		if _, err := Plan([]Vif{v}, nil); err == nil || !strings.Contains(err.Error(), "device/vif/3/mtu is ") {
+			t.Errorf("MTU %d: %v, want an error that names the node", mtu, err)
 		}
 	}
 }
