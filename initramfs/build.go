@@ -22,6 +22,10 @@ import (
 // ModulesList is the path in the image of the list of modules, one a line in load order: the path, then the parameters.
 const ModulesList = "/etc/stubinit/modules"
 
+// Unpacked is the path of an empty file that comes last in the archive. The kernel starts /init of an archive that did not fit
+// all the same, with the rest of the files not there: if this one is not, it needs more stubdomain_memory.
+const Unpacked = "/~unpacked"
+
 // QEMUAbilities is the path in the image of what Config.ProbeQEMU found.
 const QEMUAbilities = "/etc/stubinit/qemu.json"
 
@@ -154,6 +158,9 @@ func Build(ctx context.Context, c Config) (*Image, error) {
 		} else if err := b.generated(QEMUAbilities, abilities, "what "+b.qemu.path+" can do"); err != nil {
 			return nil, err
 		}
+	}
+	if err := b.generated(Unpacked, nil, "comes last"); err != nil {
+		return nil, err
 	}
 	b.image.Entries = slices.SortedFunc(maps.Values(b.entries), func(x, y *Entry) int { return cmp.Compare(x.Path, y.Path) })
 	progress(fmt.Sprintf("collected %d entries, %d kernel modules", len(b.image.Entries), len(b.image.Modules)))

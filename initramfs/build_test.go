@@ -98,6 +98,7 @@ func TestBuild(t *testing.T) {
 		"/usr/libexec/qemu",
 		"/usr/share/qemu/efi-e1000.rom",
 		"/usr/share/seabios/vgabios.bin",
+		"/~unpacked",
 	}
 	if diff := cmp.Diff(want, paths(im)); diff != "" {
 		t.Errorf("entries (-want +got):\n%s", diff)
@@ -432,6 +433,9 @@ func TestArchive(t *testing.T) {
 		last = r.Name
 		seen[r.Name] = r.Info
 	}
+	if last != Unpacked[1:] {
+		t.Errorf("%s comes last, want %s", last, Unpacked)
+	}
 	for name, want := range map[string]cpio.Info{
 		"dev/console": {Mode: cpio.S_IFCHR | 0o600, Rmajor: 5, Rminor: 1},
 		"tmp":         {Mode: cpio.S_IFDIR | 0o1777},
@@ -589,6 +593,7 @@ drwxr-xr-x         0 /usr/share  [holds /usr/share/qemu]
 drwxr-xr-x         0 /usr/share/qemu  [holds /usr/share/qemu/efi-e1000.rom]
 -rw-r--r--         3 /usr/share/qemu/efi-e1000.rom  [m:3 file /usr/share/qemu/efi-e1000.rom]
 Lrwxrwxrwx         1 /x -> y  [m:4 link /x]
+-rw-r--r--         0 /~unpacked  [comes last]
 # module xen_fbfront is built into Linux 6.12.1-amd64
 `
 	want = strings.Replace(want, "     SIZE", fmt.Sprintf("%9d", find(t, im, "/init").Size), 1)

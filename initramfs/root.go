@@ -24,11 +24,7 @@ type link struct{ path, target string }
 func (r root) resolve(p string) (real string, links []link, info fs.FileInfo, err error) {
 	const most = 40 // as Linux: MAXSYMLINKS
 	real = "/"
-	rest := split(p)
-	if info, err = os.Lstat(string(r)); err != nil {
-		return "", nil, nil, err
-	}
-	for len(rest) > 0 {
+	for rest := split(p); len(rest) > 0; {
 		next := rest[0]
 		rest = rest[1:]
 		if next == ".." {
@@ -36,7 +32,8 @@ func (r root) resolve(p string) (real string, links []link, info fs.FileInfo, er
 			continue
 		}
 		at := path.Join(real, next)
-		if info, err = os.Lstat(r.host(at)); err != nil {
+		info, err := os.Lstat(r.host(at))
+		if err != nil {
 			return "", nil, nil, err
 		}
 		if info.Mode()&fs.ModeSymlink == 0 {
@@ -56,7 +53,8 @@ func (r root) resolve(p string) (real string, links []link, info fs.FileInfo, er
 		}
 		rest = append(split(target), rest...)
 	}
-	if info, err = os.Lstat(r.host(real)); err != nil { // p may end in "..", or in a link to it
+	info, err = os.Lstat(r.host(real)) // real may be a folder that ".." led back to
+	if err != nil {
 		return "", nil, nil, err
 	}
 	return real, links, info, nil
