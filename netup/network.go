@@ -254,9 +254,11 @@ type link struct {
 	mac     net.HardwareAddr
 	mtu     int
 	up      bool // set up (IFF_UP)
-	running bool // and has a carrier (IFF_RUNNING)
+	running bool // and works (IF_OPER_UP of RFC 2863)
 	gone    bool
 }
+
+const operUp = 6 // IF_OPER_UP (linux/if.h)
 
 // parseLink reads the payload of an RTM_NEWLINK or RTM_DELLINK. ok is false for others, and for those of the bridge's family:
 // there a deletion only means that a port has left.
@@ -273,10 +275,9 @@ func parseLink(kind uint16, b []byte) (l link, ok bool) {
 		return link{}, false
 	}
 	l = link{
-		index:   int(msg.Index),
-		up:      msg.Flags&unix.IFF_UP != 0,
-		running: msg.Flags&unix.IFF_RUNNING != 0,
-		gone:    kind == unix.RTM_DELLINK,
+		index: int(msg.Index),
+		up:    msg.Flags&unix.IFF_UP != 0,
+		gone:  kind == unix.RTM_DELLINK,
 	}
 	for _, a := range attrs {
 		switch a.Attr.Type {
@@ -284,6 +285,9 @@ func parseLink(kind uint16, b []byte) (l link, ok bool) {
 			l.name = unix.ByteSliceToString(a.Value)
 		case unix.IFLA_ADDRESS:
 			l.mac = a.Value
+		case unix.IFLA_OPERSTATE:
+			// IFF_RUNNING is set in the unknown state of a new link too, from which it may go down again.
+			l.running = l.up && len(a.Value) == 1 && a.Value[0] == operUp
 		case unix.IFLA_MTU:
 			if len(a.Value) == 4 {
 				l.mtu = int(nl.NativeEndian().Uint32(a.Value))

@@ -70,7 +70,7 @@ next:
 					continue next
 				}
 			}
-			return line
+			return line // earlier ones are passed over
 		case <-limit:
 			t.Fatalf("no line with %q was logged", words)
 		}
@@ -524,6 +524,11 @@ func TestEightNICs(t *testing.T) {
 		openAs(t, l.nics[i].Tap)
 		l.log.wait(t, "link is up", fmt.Sprintf("nic=nic%d", i), fmt.Sprintf("link=eth%d", i))
 		waitUp(t, l.nics[i].Tap)
+	}
+	for len(l.log.ch) > 0 {
+		if line := <-l.log.ch; !strings.HasPrefix(line, "level=DEBUG") {
+			t.Errorf("more than one line for a link: %s", line)
+		}
 	}
 	addresses := make(map[string]string)
 	for i, n := range l.nics {

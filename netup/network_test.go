@@ -216,9 +216,9 @@ func TestMatchEqualAddresses(t *testing.T) {
 	}
 }
 
-// linkMessage is the payload of an rtnetlink message as the kernel writes it: struct ifinfomsg, then IFLA_IFNAME (3), IFLA_ADDRESS (1)
-// and IFLA_MTU (4), each padded to 4 bytes.
-func linkMessage(family byte, flags uint32) []byte {
+// linkMessage is the payload of an rtnetlink message as the kernel writes it: struct ifinfomsg, then IFLA_IFNAME (3), IFLA_ADDRESS (1),
+// IFLA_OPERSTATE (16) and IFLA_MTU (4), each padded to 4 bytes.
+func linkMessage(family byte, flags uint32, operstate byte) []byte {
 	ne := binary.NativeEndian
 	b := []byte{family, 0, 1, 0}
 	b = ne.AppendUint32(b, 7)
@@ -228,6 +228,8 @@ func linkMessage(family byte, flags uint32) []byte {
 	b = append(b, "eth0\x00\x00\x00\x00"...)
 	b = ne.AppendUint16(ne.AppendUint16(b, 10), 1)
 	b = append(b, 0, 0x16, 0x3e, 0, 0, 1, 0, 0)
+	b = ne.AppendUint16(ne.AppendUint16(b, 5), 16)
+	b = append(b, operstate, 0, 0, 0)
 	b = ne.AppendUint16(ne.AppendUint16(b, 8), 4)
 	return ne.AppendUint32(b, 9000)
 }
@@ -236,6 +238,8 @@ func TestParseLink(t *testing.T) {
 	want := link{index: 7, name: "eth0", mac: mac("00:16:3e:00:00:01"), mtu: 9000}
 	up := want
 	up.up, up.running = true, true
+	starting := want
+	starting.up = true
 	gone := want
 	gone.gone = true
 	for _, tt := range []struct {
@@ -245,11 +249,13 @@ func TestParseLink(t *testing.T) {
 		want link
 		ok   bool
 	}{
-		{"new", unix.RTM_NEWLINK, linkMessage(unix.AF_UNSPEC, 0), want, true},
-		{"up", unix.RTM_NEWLINK, linkMessage(unix.AF_UNSPEC, unix.IFF_UP|unix.IFF_RUNNING), up, true},
-		{"gone", unix.RTM_DELLINK, linkMessage(unix.AF_UNSPEC, 0), gone, true},
-		{"a port left its bridge", unix.RTM_DELLINK, linkMessage(unix.AF_BRIDGE, 0), link{}, false},
-		{"an address", unix.RTM_NEWADDR, linkMessage(unix.AF_UNSPEC, 0), link{}, false},
+		{"new", unix.RTM_NEWLINK, linkMessage(unix.AF_UNSPEC, 0, 2), want, true},
+		{"up", unix.RTM_NEWLINK, linkMessage(unix.AF_UNSPEC, unix.IFF_UP|unix.IFF_RUNNING, 6), up, true},
+		{"up, state not known yet", unix.RTM_NEWLINK, linkMessage(unix.AF_UNSPEC, unix.IFF_UP|unix.IFF_RUNNING, 0), starting, true},
+		{"carrier of a link that is down", unix.RTM_NEWLINK, linkMessage(unix.AF_UNSPEC, 0, 6), want, true},
+		{"gone", unix.RTM_DELLINK, linkMessage(unix.AF_UNSPEC, 0, 2), gone, true},
+		{"a port left its bridge", unix.RTM_DELLINK, linkMessage(unix.AF_BRIDGE, 0, 6), link{}, false},
+		{"an address", unix.RTM_NEWADDR, linkMessage(unix.AF_UNSPEC, 0, 2), link{}, false},
 		{"short", unix.RTM_NEWLINK, make([]byte, 15), link{}, false},
 		{"bad attribute", unix.RTM_NEWLINK, append(make([]byte, 16), 200, 0, 0, 0), link{}, false},
 	} {
