@@ -184,7 +184,11 @@ func (c *Conn) peek(p []byte) (int, error) {
 	if c.e == nil {
 		return copy(p, c.rest), nil
 	}
-	return c.e.left.peek(p)
+	n, err := c.e.left.peek(p)
+	if n > 0 && !c.sealed && c.e.page.live() != liveAcked {
+		return 0, nil // maybe written by a next client already
+	}
+	return n, err
 }
 
 // skip takes n bytes out of the ring and tells the client if it wants to know.

@@ -36,9 +36,14 @@ type Options struct {
 	// in bytes, left from the client, right to it: 10 or 11 (inside the
 	// shared page, not both the same), or 12 to 20. 0 means the default.
 	LeftOrder, RightOrder uint
-	// Marker says that the byte 0x01 is no data but says "a new
-	// connection": dropped at a session's start, a new session later.
-	// Downstream clients send it. JSON never holds it.
+	// Marker is for protocols in which the server speaks first and text is
+	// all there is, such as QMP. A client has nothing to say before it is
+	// acknowledged, so what is in the ring by then is dropped. The byte 0x01
+	// says "a new connection": dropped at a session's start, a new session
+	// later. Downstream clients send it. JSON never holds it.
+	// Without Marker every byte is data, and a client may write at once;
+	// should one die before the server has looked a first time, the next
+	// one's data may have that one's in front.
 	Marker bool
 	// Log gets a line when something is wrong that no caller sees. nil: none.
 	Log *slog.Logger
@@ -68,9 +73,10 @@ type Options struct {
 //     event-channel: it is told of events on both channels.
 //
 // Input needs more care where one endpoint sees two clients, which is only
-// before it is sealed: bytes that are in the ring when the second is
-// acknowledged may be the first one's and are dropped. A client that waits for
-// a greeting, as QMP's do, loses nothing by that, since it gets one only after
+// before it is sealed: bytes that are in the ring when a client is
+// acknowledged may be those of one before it, even of one that came and went
+// unseen, and are dropped (see Options.Marker). A client that waits for a
+// greeting, as QMP's do, loses nothing by that, since it gets one only after
 // the acknowledgement; nor does one that sends the marker byte at once.
 //
 // # Without a successor
@@ -192,9 +198,8 @@ func (l *Listener) fail(err error) {
 		l.err = err
 	}
 	if c := l.conn; c != nil {
-		l.end(l.err)
-		if c.sealed {
-			l.retire(c.e)
+		if e := l.end(l.err); c.sealed {
+			l.retire(e)
 		}
 	}
 	l.ready.Broadcast()
@@ -230,53 +235,49 @@ func (l *Listener) look() {
 		if live == liveGone {
 			c.keepRest()
 		}
-		l.end(nil)
-		l.retire(c.e)
+		l.retire(l.end(nil))
 	default:
-		l.end(nil)
-		l.recycle(c)
+		e := l.end(nil)
+		// Without a successor: see the Listener's comment.
+		if err := e.dropInput(); err != nil || !e.reset(c.wrote) {
+			l.replace(e)
+		}
 	}
 }
 
 // hangUp ends a session whose client is still attached. l.mu is held.
 func (l *Listener) hangUp(c *Conn) {
-	l.end(c.broken)
-	if c.sealed {
-		l.retire(c.e)
-		return
-	}
-	l.replace(c.e)
-}
-
-// recycle makes an endpoint without a successor ready for the next client.
-// l.mu is held.
-func (l *Listener) recycle(c *Conn) {
-	if err := c.e.dropInput(); err != nil || !c.e.reset(c.wrote) {
-		l.replace(c.e)
+	if e := l.end(c.broken); c.sealed {
+		l.retire(e)
+	} else {
+		l.replace(e)
 	}
 }
 
-// replace gives up an endpoint that is open to clients. l.mu is held.
+// replace gives up an endpoint that is open to clients. The one that takes its
+// place is published first, for whoever is hung up on to find. l.mu is held.
 func (l *Listener) replace(e *endpoint) {
+	var err error
+	if e == l.open[len(l.open)-1] {
+		err = l.publish(l.ctx)
+	}
 	l.open = slices.DeleteFunc(l.open, func(o *endpoint) bool { return o == e })
 	l.retire(e)
-	if len(l.open) > 0 {
-		return
-	}
-	if err := l.publish(l.ctx); err != nil {
+	if err != nil {
 		l.fail(fmt.Errorf("no endpoint left: %w", err))
 	}
 }
 
-// end takes the session from its Conn. Endpoint and what is in it are the
-// caller's affair. l.mu is held.
-func (l *Listener) end(reason error) {
-	c := l.conn
+// end takes the endpoint from the Conn of the session and returns it. What
+// becomes of it is the caller's affair. l.mu is held.
+func (l *Listener) end(reason error) *endpoint {
+	c, e := l.conn, l.conn.e
 	l.conn = nil
 	c.finish(reason)
 	if l.pending == c {
 		l.pending = nil
 	}
+	return e
 }
 
 // retire gives up an endpoint. l.mu is held.
@@ -309,9 +310,8 @@ func (l *Listener) attach() bool {
 		// Clients come one after the other: who was on an older endpoint,
 		// or about to be, is gone.
 		if c := l.conn; c != nil {
-			l.end(nil)
-			if c.sealed {
-				l.retire(c.e)
+			if e := l.end(nil); c.sealed {
+				l.retire(e)
 			}
 		}
 		for _, old := range candidates[:i] {
@@ -326,7 +326,7 @@ func (l *Listener) attach() bool {
 // begin starts the session of a client that was acknowledged on e. It returns
 // false if the session stands. l.mu is held, but not while xenstored is asked.
 func (l *Listener) begin(e *endpoint) bool {
-	if e.used {
+	if e.used || l.opt.Marker {
 		if err := e.dropInput(); err != nil {
 			l.replace(e)
 			return true
@@ -374,15 +374,18 @@ func (l *Listener) publish(ctx context.Context) error {
 	e := l.next
 	ctx, cancel := context.WithTimeout(ctx, publishLimit)
 	defer cancel()
-	l.mu.Unlock()
-	err := l.t.Publish(ctx, e.mem.Refs[0], e.port)
-	l.mu.Lock()
-	if err != nil {
+	if err := l.publishUnlocked(ctx, e); err != nil {
 		return err
 	}
 	l.next = nil
 	l.open = append(l.open, e)
 	return nil
+}
+
+func (l *Listener) publishUnlocked(ctx context.Context, e *endpoint) error {
+	l.mu.Unlock()
+	defer l.mu.Lock()
+	return l.t.Publish(ctx, e.mem.Refs[0], e.port)
 }
 
 // Accept waits for a client and returns its session. A session that ends

@@ -55,6 +55,7 @@ type Client struct {
 	mu       sync.Mutex
 	cond     *sync.Cond
 	pending  bool // event
+	serial   int  // of the last event
 	closed   bool
 	rd, wr   deadline
 	reading  sync.Mutex
@@ -207,6 +208,7 @@ func (c *Client) notify() {
 func (c *Client) wake() {
 	c.mu.Lock()
 	c.pending = true
+	c.serial++
 	c.cond.Broadcast()
 	c.mu.Unlock()
 }
@@ -248,6 +250,9 @@ func (c *Client) Detach() {
 	c.traced("unbind", c.bound)
 }
 
+// own loads an index that only clients write: no place for others to run.
+func (c *Client) own(off int) uint32 { return atomic.LoadUint32(word(c.page, off)) }
+
 func (c *Client) load(op string, off int) uint32 {
 	v := atomic.LoadUint32(word(c.page, off))
 	c.traced(op, v)
@@ -275,7 +280,7 @@ func (c *Client) asked(bit byte) bool {
 }
 
 func (c *Client) ready() uint32 {
-	n := c.load("right.prod", rightProd) - c.load("right.cons", rightCons)
+	n := c.load("right.prod", rightProd) - c.own(rightCons)
 	if n > c.right.size {
 		return 0
 	}
@@ -283,7 +288,7 @@ func (c *Client) ready() uint32 {
 }
 
 func (c *Client) space() uint32 {
-	n := c.left.size - (c.load("left.prod", leftProd) - c.load("left.cons", leftCons))
+	n := c.left.size - (c.own(leftProd) - c.load("left.cons", leftCons))
 	if n > c.left.size {
 		return 0
 	}
@@ -305,7 +310,7 @@ func (c *Client) TryRead(p []byte) (int, error) {
 		}
 		return 0, nil
 	}
-	cons := c.load("right.cons", rightCons)
+	cons := c.own(rightCons)
 	for got := uint32(0); got < n; {
 		got += uint32(copy(p[got:n], c.right.at(cons+got)))
 	}
@@ -332,7 +337,7 @@ func (c *Client) TryWrite(p []byte) (int, error) {
 	if n == 0 {
 		return 0, nil
 	}
-	prod := c.load("left.prod", leftProd)
+	prod := c.own(leftProd)
 	for put := uint32(0); put < n; {
 		put += uint32(copy(c.left.at(prod+put), p[put:n]))
 	}
@@ -344,8 +349,8 @@ func (c *Client) TryWrite(p []byte) (int, error) {
 	return int(n), nil
 }
 
-// wait waits for an event, a deadline or Close. c.mu is not held.
-func (c *Client) wait(d *deadline) error {
+// wait waits for an event later than seen, a deadline or Close.
+func (c *Client) wait(d *deadline, seen int) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for {
@@ -354,29 +359,24 @@ func (c *Client) wait(d *deadline) error {
 			return net.ErrClosed
 		case d.expired():
 			return os.ErrDeadlineExceeded
-		case c.pending:
-			// Reader and writer may both wait: the other one looks too.
-			c.pending = false
-			c.cond.Broadcast()
+		case c.serial != seen:
 			return nil
 		}
 		c.cond.Wait()
-		if !c.closed && !d.expired() {
-			return nil
-		}
 	}
 }
 
-func (c *Client) check(d *deadline) error {
+// check returns why a call must not go on, or the last event's serial number.
+func (c *Client) check(d *deadline) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
 	case c.closed:
-		return net.ErrClosed
+		return 0, net.ErrClosed
 	case d.expired():
-		return os.ErrDeadlineExceeded
+		return 0, os.ErrDeadlineExceeded
 	}
-	return nil
+	return c.serial, nil
 }
 
 // Read reads at least one byte, waiting for it: net.Conn.
@@ -384,13 +384,14 @@ func (c *Client) Read(p []byte) (int, error) {
 	c.reading.Lock()
 	defer c.reading.Unlock()
 	for {
-		if err := c.check(&c.rd); err != nil {
+		seen, err := c.check(&c.rd)
+		if err != nil {
 			return 0, opError("read", err)
 		}
 		if n, err := c.TryRead(p); n > 0 || err != nil || len(p) == 0 {
 			return n, opError("read", err)
 		}
-		if err := c.wait(&c.rd); err != nil {
+		if err := c.wait(&c.rd, seen); err != nil {
 			return 0, opError("read", err)
 		}
 	}
@@ -401,7 +402,8 @@ func (c *Client) Write(p []byte) (int, error) {
 	c.writing.Lock()
 	defer c.writing.Unlock()
 	for total := 0; ; {
-		if err := c.check(&c.wr); err != nil {
+		seen, err := c.check(&c.wr)
+		if err != nil {
 			return total, opError("write", err)
 		}
 		n, err := c.TryWrite(p[total:])
@@ -412,7 +414,7 @@ func (c *Client) Write(p []byte) (int, error) {
 		if n > 0 {
 			continue
 		}
-		if err := c.wait(&c.wr); err != nil {
+		if err := c.wait(&c.wr, seen); err != nil {
 			return total, opError("write", err)
 		}
 	}

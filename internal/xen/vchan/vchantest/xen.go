@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -43,8 +44,8 @@ type Xen struct {
 }
 
 type grant struct {
-	mem     []byte // the page
-	freed   bool
+	mem   []byte // the page
+	freed bool
 }
 
 // New returns a Xen without domains.
@@ -258,6 +259,33 @@ func (x *Xen) Publications() int {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	return x.stores
+}
+
+// Hash writes all that one run of a test can differ in from another.
+func (x *Xen) Hash(h *maphash.Hash) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	b := []byte{0}
+	if x.pending {
+		b[0] = 1
+	}
+	for _, v := range []uint32{x.ref, x.port, x.nextRef, x.nextPort} {
+		b = binary.LittleEndian.AppendUint32(b, v)
+	}
+	for port := range x.nextPort + 1 {
+		if c, ok := x.ports[port]; ok {
+			b = append(b, byte(port), byte(port>>8))
+			if c != nil {
+				b = append(b, 1)
+			}
+		}
+	}
+	h.Write(b)
+	for ref := range x.nextRef + 1 {
+		if g := x.grants[ref]; g != nil {
+			h.Write(g.mem)
+		}
+	}
 }
 
 // Page returns the page that is granted by ref, nil if it is not.
