@@ -3,7 +3,7 @@
 // libxl opens a session for each operation and closes it. Each one gets a
 // connection of its own to QEMU, so it starts with QEMU's greeting and has
 // nothing from the session before; sessions follow one another, and one is over,
-// its save included, before the next begins. Values go both ways unchanged, one
+// its save and QEMU's answers to it included, before the next begins. Values go both ways unchanged, one
 // a line, with these rules:
 //
 //   - Toward QEMU a request may have up to [MaxRequest] bytes. Line ends do not
@@ -56,6 +56,10 @@ const (
 
 	// abortLimit is the limit of Saver.Abort.
 	abortLimit = 10 * time.Second
+
+	// answerLimit is how long a monitor's connection stays for answers that are
+	// on the way when its session ends.
+	answerLimit = 5 * time.Second
 
 	// drainLimit is how long a session may take to deliver what is left when
 	// QEMU's monitor has closed.

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"reflect"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -70,6 +71,8 @@ type session struct {
 	inBand     []*request // sent, not answered, in order
 	outOfBand  []*request
 	unanswered int // bytes kept of both
+	greeted    bool
+	late       bool // the session is over, and answers have a deadline
 	gone       bool
 	saving     *request // prepared, and neither answered nor aborted
 
@@ -98,16 +101,20 @@ func serveSession(ctx context.Context, toolstack net.Conn, o *Options, log *slog
 	defer s.end(nil)
 
 	var wg sync.WaitGroup
-	wg.Go(func() { // wakes whoever reads or writes
+	wg.Go(func() {
 		<-s.ctx.Done()
-		toolstack.Close()
-		qemu.Close()
+		s.close()
 	})
+	stop := context.AfterFunc(ctx, func() { qemu.Close() })
+	defer stop()
 	s.pump(&wg, s.readToolstack, func() error { return s.toQEMU.flush(s.send) })
 	s.pump(&wg, s.readQEMU, s.flushToToolstack)
 	wg.Wait()
 
 	cause := context.Cause(s.ctx)
+	if n := len(s.inBand) + len(s.outOfBand); n > 0 && !s.gone && ctx.Err() == nil {
+		log.Warn("QEMU has not answered; the next session may get an answer that is not its own, and end", "requests", n, "waited", answerLimit)
+	}
 	if s.saving != nil {
 		s.abort(fmt.Errorf("the session ended during the save: %w", cause))
 	}
@@ -119,31 +126,64 @@ func serveSession(ctx context.Context, toolstack net.Conn, o *Options, log *slog
 		"events dropped", s.events, "took", time.Since(start))
 }
 
-// pump moves values one way until the session ends. Two goroutines take turns:
-// the one that has read a value writes it too, so that a round trip waits for no
-// other goroutine, while the second reads on, so that a peer which does not read
-// never keeps the bridge from reading the other.
+// close ends what waits on a connection, once the session is over, but for what
+// is still to come from QEMU. QEMU (seen with 7.2) gives a command's answer to
+// whoever is connected when the command is done, so the monitor's connection
+// stays until all that was asked is answered: the next session would get it. It
+// also stays until the greeting: QEMU listens with a backlog of 1, and connections
+// that were closed before QEMU took them would fill that. Nobody loses by it, the
+// next session's greeting could not come any sooner.
+func (s *session) close() {
+	s.toolstack.Close()
+	s.qemu.SetWriteDeadline(time.Unix(1, 0))
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closeIfAnswered()
+}
+
+// closeIfAnswered closes the monitor when the session is over and nothing is
+// left to come. With s.mu held.
+func (s *session) closeIfAnswered() {
+	switch {
+	case !s.over() || !s.greeted:
+	case len(s.inBand) == 0 && len(s.outOfBand) == 0:
+		s.qemu.Close()
+	case !s.late:
+		s.late = true
+		s.qemu.SetReadDeadline(time.Now().Add(answerLimit))
+	}
+}
+
+func (s *session) over() bool { return s.ctx.Err() != nil }
+
+// pump moves values one way until read fails. Two goroutines take turns: the one
+// that has read a value writes it too, so that a round trip waits for no other
+// goroutine, while the second reads on, so that a peer which does not read never
+// keeps the bridge from reading the other.
 func (s *session) pump(wg *sync.WaitGroup, read, flush func() error) {
-	turn := make(chan struct{}, 1)
+	turn, stop := make(chan struct{}, 1), make(chan struct{})
 	turn <- struct{}{}
 	for range 2 {
 		wg.Go(func() {
 			for {
 				select {
 				case <-turn:
-				case <-s.ctx.Done():
+				case <-stop:
 					return
 				}
 				err := read()
-				if err != nil && err != errNoMore {
+				switch err {
+				case nil:
+					turn <- struct{}{}
+				case errNoMore:
+					close(stop)
+				default:
 					s.end(err)
+					close(stop)
 					return
 				}
-				if err == nil {
-					turn <- struct{}{}
-				}
-				if ferr := flush(); ferr != nil {
-					s.end(ferr)
+				if err := flush(); err != nil {
+					s.end(err)
 				}
 				if err != nil {
 					return
@@ -210,9 +250,6 @@ func (s *session) send(r *request) error {
 	case r.save:
 		s.prepare(r)
 	}
-	if s.ctx.Err() != nil {
-		return context.Cause(s.ctx)
-	}
 	if err := s.expect(r); err != nil {
 		return err
 	}
@@ -222,6 +259,10 @@ func (s *session) send(r *request) error {
 	text := r.line
 	r.line = nil
 	if _, err := s.qemu.Write(text); err != nil {
+		if s.over() {
+			s.unexpect(r)
+			return context.Cause(s.ctx)
+		}
 		s.qemuGone(fmt.Errorf("write to QEMU's monitor: %w", err))
 		return s.flushToToolstack()
 	}
@@ -274,6 +315,9 @@ func (s *session) abort(cause error) {
 func (s *session) expect(r *request) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.over() {
+		return context.Cause(s.ctx)
+	}
 	r.sent = time.Now()
 	waiting := len(s.inBand) + len(s.outOfBand)
 	if s.unanswered += r.cost(); s.unanswered > maxUnanswered && waiting > 0 {
@@ -285,6 +329,16 @@ func (s *session) expect(r *request) error {
 		s.inBand = append(s.inBand, r)
 	}
 	return s.queueLocal()
+}
+
+// unexpect takes back the last expect, of a request that QEMU did not get whole.
+func (s *session) unexpect(r *request) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	isIt := func(q *request) bool { return q == r }
+	s.inBand = slices.DeleteFunc(s.inBand, isIt)
+	s.outOfBand = slices.DeleteFunc(s.outOfBand, isIt)
+	s.closeIfAnswered()
 }
 
 func (r *request) cost() int { return len(r.id) + len(r.command) + itemOverhead }
@@ -303,6 +357,9 @@ func (s *session) queueLocal() error {
 }
 
 func (s *session) queue(a answer) error {
+	if s.over() {
+		return nil
+	}
 	if !s.toToolstack.put(a, len(a.line)+itemOverhead) {
 		return fmt.Errorf("the toolstack has not read %d bytes of answers", maxQueued)
 	}
@@ -332,6 +389,10 @@ func (s *session) readQEMU() error {
 		s.events++
 		return nil
 	case m.has(memberGreeting) && m.size <= MaxAnswer-2:
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.greeted = true
+		s.closeIfAnswered()
 		return s.queue(answer{line: lineOut(&m)})
 	}
 	return fmt.Errorf("QEMU sent what is not QMP: %.100q", m.text)
@@ -363,7 +424,9 @@ func (s *session) readAnswer(m *message, good bool) error {
 	if err := s.queue(a); err != nil {
 		return err
 	}
-	return s.queueLocal()
+	err = s.queueLocal()
+	s.closeIfAnswered()
+	return err
 }
 
 // take finds the request that m answers. QEMU answers in order, except exec-oob,
@@ -373,7 +436,7 @@ func (s *session) take(m *message, good bool) (*request, error) {
 	if id != nil {
 		for i, r := range s.outOfBand {
 			if sameJSON(r.id, id) {
-				s.outOfBand = append(s.outOfBand[:i], s.outOfBand[i+1:]...)
+				s.outOfBand = slices.Delete(s.outOfBand, i, i+1)
 				s.unanswered -= r.cost()
 				return r, nil
 			}
@@ -402,7 +465,7 @@ func (s *session) qemuGone(err error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.gone || s.ctx.Err() != nil { // the session's end closes the monitor too
+	if s.gone || s.over() { // then it is the session's end that closed the monitor
 		return
 	}
 	s.gone = true
