@@ -229,10 +229,10 @@ func TestHangUp(t *testing.T) {
 func exchange(t testing.TB, l *vchan.Listener, x *vchantest.Xen, greeting string) {
 	t.Helper()
 	c := dial(t, x)
-	defer c.Close()
 	c.SetDeadline(time.Now().Add(10 * time.Second))
 	s := accept(t, l)
 	defer s.Close()
+	defer c.Close()
 	if _, err := s.Write([]byte(greeting)); err != nil {
 		t.Fatal(err)
 	}
@@ -296,8 +296,11 @@ func TestReconnectStorm(t *testing.T) {
 func TestMarker(t *testing.T) {
 	l, x := listen(t, vchan.Options{LeftOrder: 10, RightOrder: 11, Marker: true})
 	c := dial(t, x)
-	c.Write([]byte("\x01one"))
 	s := accept(t, l)
+	if _, err := s.Write([]byte("hello")); err != nil { // the session stands
+		t.Fatal(err)
+	}
+	c.Write([]byte("\x01one"))
 	got := make([]byte, 3)
 	if _, err := io.ReadFull(s, got); err != nil || string(got) != "one" {
 		t.Fatalf("read %q, %v; want the bytes behind the marker", got, err)

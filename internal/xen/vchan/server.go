@@ -227,7 +227,7 @@ func (l *Listener) look() {
 	}
 	live := c.e.page.live()
 	switch {
-	case c.closed || c.broken != nil:
+	case live == liveAcked && (c.closed || c.broken != nil):
 		l.hangUp(c)
 	case live == liveAcked:
 		c.wake()
@@ -247,7 +247,7 @@ func (l *Listener) look() {
 
 // hangUp ends a session whose client is still attached. l.mu is held.
 func (l *Listener) hangUp(c *Conn) {
-	if e := l.end(c.broken); c.sealed {
+	if e := l.end(nil); c.sealed {
 		l.retire(e)
 	} else {
 		l.replace(e)
