@@ -12,7 +12,9 @@ import (
 	"github.com/u-root/u-root/pkg/cpio"
 )
 
-// Compression is how the archive is packed. The values are ordered by preference.
+// Compression is how the archive is packed. The values are ordered by preference. With Debian trixie's kernel and QEMU, QEMU
+// counting instructions (-icount shift=1), the unpacking takes 1.7 s with zstd (17.7 MB), 2.0 s with gzip (18.8 MB) and 0.5 s
+// with none (57.1 MB).
 type Compression int
 
 const (
@@ -33,8 +35,7 @@ func ParseCompression(s string) (Compression, error) {
 	return 0, fmt.Errorf("compression %q: want zstd, gzip or none", s)
 }
 
-// window is what the kernel must hold to unpack zstd. At 8 MiB the two copies of libxenctrl's kind that a tree may have are
-// still seen as one, and the least stubdomain memory does not suffer.
+// window is how far back zstd refers, and so what the kernel allocates to unpack: no more than a small stubdomain can spare.
 const window = 8 << 20
 
 // WriteArchive writes the image as a newc archive (Documentation/driver-api/early-userspace/buffer-format.rst), packed as c
