@@ -69,7 +69,9 @@ func newBench(t testing.TB, o Options) *bench {
 			return ours, nil
 		}
 	}
-	o.Log = slog.New(slog.NewTextHandler(b.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	if o.Log == nil {
+		o.Log = slog.New(slog.NewTextHandler(b.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	}
 	go func() { b.done <- Serve(ctx, b.ln, o) }()
 	t.Cleanup(b.stop)
 	return b
@@ -546,7 +548,10 @@ func BenchmarkRoundTrip(b *testing.B) {
 		b.Run(fmt.Sprintf("answer=%d", size), func(b *testing.B) {
 			checkGoroutines(b)
 			ours, q := unixPair(b)
-			bn := newBench(b, Options{Dial: func(context.Context) (net.Conn, error) { return ours, nil }})
+			bn := newBench(b, Options{
+				Dial: func(context.Context) (net.Conn, error) { return ours, nil },
+				Log:  slog.New(slog.DiscardHandler),
+			})
 			c, conn := unixPair(b)
 			bn.ln.conns <- conn
 			toolstack, qemu := newPeer(b, c), newPeer(b, q)

@@ -60,7 +60,6 @@ type span struct{ start, end int }
 type message struct {
 	text     []byte
 	size     int           // in bytes; more than len(text) when the rest was discarded
-	object   bool          // the value is an object, not an array or a scalar
 	newlines bool          // has \r or \n between tokens
 	spans    [members]span // the last one, where a name comes twice
 }
@@ -102,11 +101,15 @@ type splitter struct {
 	discard bool // what a value has beyond limit is checked and dropped, not refused
 
 	chunk  []byte // read buffer
+	kept   []byte // of a value, what came in earlier chunks
 	unread []byte // part of chunk
 	broken bool
 }
 
-const chunkSize = 32 << 10
+const (
+	chunkSize = 32 << 10
+	keptMax   = 2 << 20 // a larger buffer is not kept for the next value
+)
 
 func newSplitter(r io.Reader, limit int, discard bool) *splitter {
 	return &splitter{r: r, limit: limit, discard: discard, chunk: make([]byte, chunkSize)}
@@ -125,7 +128,7 @@ func (s *splitter) next() (message, error) {
 	var (
 		m    message
 		p    = scanner{spans: &m.spans}
-		kept []byte // what came in earlier chunks
+		kept = s.kept[:0]
 	)
 	fail := func(desc string) (message, error) {
 		s.broken, s.unread = true, nil
@@ -159,7 +162,7 @@ func (s *splitter) next() (message, error) {
 			return fail(fmt.Sprintf("message of more than %d bytes", s.limit))
 		}
 		s.unread = s.unread[n:]
-		if done && kept == nil {
+		if done && m.size == n {
 			m.text = part[:min(n, s.limit)]
 		} else {
 			kept = append(kept, part[:min(n, s.limit-len(kept))]...)
@@ -173,7 +176,10 @@ func (s *splitter) next() (message, error) {
 			kept = m.text
 			return fail("JSON parse error, a string is not UTF-8")
 		}
-		m.object, m.newlines = p.object, p.newlines
+		if cap(kept) <= keptMax {
+			s.kept = kept
+		}
+		m.newlines = p.newlines
 		return m, nil
 	}
 }
@@ -229,7 +235,6 @@ type scanner struct {
 	current  member
 	hex      int
 	literal  string // what is left of true, false, null
-	object   bool
 	newlines bool
 	high     bool // has bytes ≥ 0x80
 }
@@ -330,7 +335,7 @@ func (s *scanner) scan(b []byte) (n int, done bool, err error) {
 		case inString:
 			var all byte
 			start := i
-			for i < len(b) && b[i] != '"' && b[i] != '\\' && b[i] >= ' ' {
+			for i < len(b) && plain[b[i]] {
 				all |= b[i]
 				i++
 			}
@@ -398,6 +403,14 @@ func (s *scanner) scan(b []byte) (n int, done bool, err error) {
 	return len(b), false, nil
 }
 
+// plain are the bytes that mean nothing special in a string.
+var plain = func() (t [256]bool) {
+	for c := range t {
+		t[c] = c >= ' ' && c != '"' && c != '\\'
+	}
+	return t
+}()
+
 // numberStep gives the state after c; ok is false when c is no part of the number.
 func numberStep(state scanState, c byte) (next scanState, ok bool) {
 	digit := '0' <= c && c <= '9'
@@ -438,9 +451,6 @@ func (s *scanner) push(object bool) {
 	} else {
 		s.nesting[s.depth/8] &^= bit
 		s.state = wantFirstValue
-	}
-	if s.depth == 0 {
-		s.object = object
 	}
 	s.depth++
 }

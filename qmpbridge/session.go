@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"reflect"
 	"slices"
 	"sync"
@@ -73,6 +74,7 @@ type session struct {
 	unanswered int // bytes kept of both
 	greeted    bool
 	late       bool // the session is over, and answers have a deadline
+	timedOut   bool // they did not come
 	gone       bool
 	saving     *request // prepared, and neither answered nor aborted
 
@@ -112,8 +114,9 @@ func serveSession(ctx context.Context, toolstack net.Conn, o *Options, log *slog
 	wg.Wait()
 
 	cause := context.Cause(s.ctx)
-	if n := len(s.inBand) + len(s.outOfBand); n > 0 && !s.gone && ctx.Err() == nil {
-		log.Warn("QEMU has not answered; the next session may get an answer that is not its own, and end", "requests", n, "waited", answerLimit)
+	if s.timedOut {
+		log.Warn("QEMU has not answered; the next session may get an answer that is not its own, and end",
+			"requests", len(s.inBand)+len(s.outOfBand), "waited", answerLimit)
 	}
 	if s.saving != nil {
 		s.abort(fmt.Errorf("the session ended during the save: %w", cause))
@@ -465,7 +468,11 @@ func (s *session) qemuGone(err error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.gone || s.over() { // then it is the session's end that closed the monitor
+	if s.over() { // nobody is left to tell
+		s.timedOut = errors.Is(err, os.ErrDeadlineExceeded)
+		return
+	}
+	if s.gone {
 		return
 	}
 	s.gone = true
