@@ -268,9 +268,6 @@ func (b *builder) libraries(l *linker, first *object) error {
 					return err
 				}
 			}
-			if real == o.path { // the loader is its own interpreter's library
-				continue
-			}
 			next, err := b.root.readObject(real)
 			if err != nil {
 				return err
