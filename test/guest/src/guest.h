@@ -117,4 +117,8 @@ void suspend_command(int argc, char **argv);
 void reboot_command(int argc, char **argv);
 void crash_command(int argc, char **argv);
 
+/* nic.c */
+void nic_command(int argc, char **argv);
+void nic_poll(void);
+
 #endif

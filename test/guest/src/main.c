@@ -44,6 +44,7 @@ void background(void)
 	for (; shown < ticks / HZ; )
 		if (++shown, show_ticks)
 			put("tick %u\n", shown);
+	nic_poll();
 }
 
 static void info_command(int argc, char **argv)
@@ -91,7 +92,7 @@ static const struct {
 } commands[] = {
 	{ "info", info_command },       { "ticks", ticks_command },   { "echo", echo_command },
 	{ "sleep", sleep_command },     { "ata", ata_command },       { "cd", cd_command },
-	{ "pci", pci_command },         { "unplug", unplug_command }, 
+	{ "pci", pci_command },         { "unplug", unplug_command }, { "nic", nic_command },
 	{ "mem", mem_command },         { "vga", vga_command },       { "cmos", cmos_command },
 	{ "poweroff", poweroff_command }, { "suspend", suspend_command }, { "reboot", reboot_command },
 	{ "crash", crash_command },
