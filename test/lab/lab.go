@@ -399,7 +399,7 @@ func (l *Lab) collect() error {
 	var archive bytes.Buffer
 	p, err := l.Begin(Command{
 		Script: `mkdir -p /tmp/state && cd /tmp/state && { dmesg >dmesg; xl list -l >xl-list; xl dmesg >xl-dmesg; xenstore-ls -fp >xenstore; ps axww >ps; losetup -a >losetup; } 2>&1
-busybox tar -c -C /var/log xen -C /tmp state`,
+busybox tar -c -C / var/log/xen tmp/state`,
 		Stdout: &archive, Stderr: &stderr,
 	})
 	if err != nil {
