@@ -241,6 +241,10 @@ func TestQEMUReconnects(t *testing.T) {
 	toolstack.ask("query-status", 5000)
 	close(stop)
 	<-stopped
+	q.stop()
+	if log := q.log.String(); strings.Contains(log, "level=WARN") {
+		t.Error("there were warnings")
+	}
 }
 
 func TestQEMUKilled(t *testing.T) {
