@@ -4,7 +4,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
-	"sort"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -32,7 +32,15 @@ func StuckReport(proc fs.FS, pid int) []string {
 			tids = append(tids, tid)
 		}
 	}
-	sort.Ints(tids) // the main thread has the least number but after a wrap of pids
+	slices.SortFunc(tids, func(a, b int) int {
+		switch pid { // the main thread first: it must not be cut off
+		case a:
+			return -1
+		case b:
+			return 1
+		}
+		return a - b
+	})
 	for i, tid := range tids {
 		if i == stuckThreads {
 			report = append(report, fmt.Sprintf("and %d more threads", len(tids)-i))
