@@ -156,6 +156,9 @@ func (a *agent) mountsStep(context.Context) error {
 	if err := mountAll(); err != nil {
 		return err
 	}
+	if err := allowOvercommit(); err != nil {
+		return err
+	}
 	text, err := os.ReadFile("/proc/cmdline")
 	if err != nil {
 		return err
@@ -219,6 +222,9 @@ func (a *agent) followConsole(ctx context.Context) error {
 
 // modulesStep loads the kernel's modules and checks that what QEMU needs is there.
 func (a *agent) modulesStep(ctx context.Context) error {
+	if err := checkUnpacked(""); err != nil {
+		return err
+	}
 	n, err := loadModules()
 	if err != nil {
 		return err
@@ -496,5 +502,6 @@ func (a *agent) runningStep(ctx context.Context) error {
 	if _, err := a.xs.WaitFor(ctx, path, func(state string, exists bool) bool { return exists && state == "running" }); err != nil {
 		return a.orEnd(fmt.Errorf("QEMU did not write \"running\": %w", err))
 	}
+	a.logMemory()
 	return readOnlyRoot()
 }

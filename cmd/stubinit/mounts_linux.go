@@ -45,3 +45,22 @@ func readOnlyRoot() error {
 	}
 	return nil
 }
+
+// unpackedMark is the archive's last file (initramfs.Unpacked): a kernel
+// without enough memory unpacks what fits, and starts init all the same.
+const unpackedMark = "/~unpacked"
+
+func checkUnpacked(root string) error {
+	if _, err := os.Stat(root + unpackedMark); err != nil {
+		return hint(fmt.Errorf("the initramfs was not unpacked to its end: %w", err),
+			"raise stubdomain_memory in xl.cfg; mkinitramfs prints the least that its image needs")
+	}
+	return nil
+}
+
+// allowOvercommit lets QEMU reserve the table of its map cache, 384 MiB of
+// which it touches a few pages (QEMU hw/xen/xen-mapcache.c): by default the kernel refuses a single
+// allocation that is larger than all memory.
+func allowOvercommit() error {
+	return os.WriteFile("/proc/sys/vm/overcommit_memory", []byte("1"), 0)
+}

@@ -1,0 +1,286 @@
+// Package media lets the toolstack change the medium of a CD-ROM drive: it keeps, for each removable vbd of the stubdomain,
+// an fdset in QEMU that holds the block device open and is called "stub-devid:<devid>".
+//
+// libxl (from 4.20 on; libxl_disk.c, the cdrom_insert_* callbacks) ejects the medium, removes the fdset, detaches the PV
+// disk, attaches the new one, then asks query-fdsets every 200 ms until the fdset is there again, and gives it to
+// blockdev-change-medium. A detach fails after 10 s if anybody still has the device open. So each incarnation of a block device is given
+// to QEMU exactly once, and our own descriptor is closed at once: a set that libxl has removed must not come back before the disk is another one.
+//
+// stubdom.txt, "CD-ROM changing".
+package media
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/stubinit/stubinit/internal/uevent"
+	"github.com/stubinit/stubinit/internal/xen/xenstore"
+)
+
+// A Monitor is what the keeper needs of QEMU's QMP monitor.
+type Monitor interface {
+	Execute(ctx context.Context, name string, args any) (json.RawMessage, error)
+	ExecuteWithFile(ctx context.Context, name string, args any, f *os.File) (json.RawMessage, error)
+}
+
+// Events are uevents; *uevent.Listener has them.
+type Events interface {
+	Next(ctx context.Context) (uevent.Event, error)
+}
+
+// A Keeper keeps the fdsets. Initial comes before QEMU's start, then Run.
+type Keeper struct {
+	Store  *xenstore.Client
+	Events Events
+	Log    *slog.Logger
+	Dev    string // "/dev"
+	Sys    string // "/sys"
+
+	given map[int]string // devid → the incarnation whose descriptor QEMU has
+}
+
+// A Set is an fdset for QEMU's command line.
+type Set struct {
+	Opaque string
+	File   *os.File // the caller closes it once QEMU has started
+}
+
+// Opaque is how libxl finds the fdset of a vbd (libxl_disk.c).
+func Opaque(devid int) string { return "stub-devid:" + strconv.Itoa(devid) }
+
+// requestLimit bounds each QMP request: QEMU answers these in milliseconds, if at all.
+const requestLimit = 10 * time.Second
+
+// Initial opens the removable disks that are there already.
+func (k *Keeper) Initial(ctx context.Context) ([]Set, error) {
+	k.given = make(map[int]string)
+	devids, err := k.removable(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var sets []Set
+	for _, devid := range devids {
+		f, incarnation, err := k.open(devid)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // not connected yet: Run sees it come
+		}
+		if err != nil {
+			for _, s := range sets {
+				s.File.Close()
+			}
+			return nil, err
+		}
+		k.given[devid] = incarnation
+		sets = append(sets, Set{Opaque(devid), f})
+	}
+	return sets, nil
+}
+
+// Run gives QEMU the descriptor of each removable disk that appears, until ctx ends or a source of events fails. What
+// fails for one disk is logged, and does not stop the others.
+func (k *Keeper) Run(ctx context.Context, qmp Monitor) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	watch, err := k.Store.Watch(ctx, "device/vbd")
+	if err != nil {
+		return err
+	}
+	defer watch.Close()
+
+	// Both sources only say that it is time to look.
+	look := make(chan struct{}, 1)
+	failed := make(chan error, 2)
+	source := func(next func() (relevant bool, err error)) {
+		for {
+			relevant, err := next()
+			if err != nil {
+				failed <- err
+				return
+			}
+			if relevant {
+				select {
+				case look <- struct{}{}:
+				default:
+				}
+			}
+		}
+	}
+	go source(func() (bool, error) {
+		_, err := watch.Next(ctx)
+		return true, err
+	})
+	go source(func() (bool, error) {
+		e, err := k.Events.Next(ctx)
+		if errors.Is(err, uevent.ErrLost) {
+			return true, nil
+		}
+		return e.Vars["SUBSYSTEM"] == "block", err
+	})
+	defer func() { // both end with ctx
+		cancel()
+		<-failed
+	}()
+	for {
+		select {
+		case err := <-failed:
+			return err
+		case <-look:
+			k.sync(ctx, qmp)
+		}
+	}
+}
+
+// sync brings QEMU's fdsets up to date with the disks.
+func (k *Keeper) sync(ctx context.Context, qmp Monitor) {
+	devids, err := k.removable(ctx)
+	if err != nil {
+		k.Log.Warn("cannot list removable disks", "err", err)
+		return
+	}
+	seen := make(map[int]bool)
+	for _, devid := range devids {
+		seen[devid] = true
+		if err := k.give(ctx, qmp, devid); err != nil && ctx.Err() == nil {
+			k.Log.Error("no fdset for removable disk: xl cd-insert of it will time out", "devid", devid, "err", err)
+		}
+	}
+	for devid := range k.given {
+		if !seen[devid] {
+			delete(k.given, devid)
+		}
+	}
+}
+
+// give makes the fdset of one disk, unless QEMU had this incarnation already.
+func (k *Keeper) give(ctx context.Context, qmp Monitor, devid int) error {
+	name, err := Name(devid)
+	if err != nil {
+		return err
+	}
+	incarnation, err := k.incarnation(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		delete(k.given, devid)
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if k.given[devid] == incarnation {
+		return nil
+	}
+	start := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, requestLimit)
+	defer cancel()
+	f, incarnation, err := k.open(devid)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENXIO) {
+		return nil // gone again; an event follows
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := k.removeStale(ctx, qmp, devid); err != nil {
+		return err
+	}
+	if _, err := qmp.ExecuteWithFile(ctx, "add-fd", map[string]any{"opaque": Opaque(devid)}, f); err != nil {
+		return err
+	}
+	k.given[devid] = incarnation
+	k.Log.Info("fdset for removable disk", "devid", devid, "disk", name, "took", time.Since(start))
+	return nil
+}
+
+// removeStale removes a set of the disk's former incarnation, which libxl
+// removes itself unless it failed half-way: a name that two sets have would let it take the old one.
+func (k *Keeper) removeStale(ctx context.Context, qmp Monitor, devid int) error {
+	answer, err := qmp.Execute(ctx, "query-fdsets", nil)
+	if err != nil {
+		return err
+	}
+	var sets []struct {
+		ID  int64 `json:"fdset-id"`
+		FDs []struct {
+			Opaque string `json:"opaque"`
+		} `json:"fds"`
+	}
+	if err := json.Unmarshal(answer, &sets); err != nil {
+		return fmt.Errorf("query-fdsets: %w", err)
+	}
+	for _, set := range sets {
+		for _, fd := range set.FDs {
+			if fd.Opaque == Opaque(devid) {
+				if _, err := qmp.Execute(ctx, "remove-fd", map[string]any{"fdset-id": set.ID}); err != nil {
+					return err
+				}
+				break
+			}
+		}
+	}
+	return nil
+}
+
+// removable lists the vbds whose device-type is cdrom, in xenstore's order.
+func (k *Keeper) removable(ctx context.Context) ([]int, error) {
+	names, err := k.Store.List(ctx, "device/vbd")
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var devids []int
+	for _, name := range names {
+		devid, err := strconv.Atoi(name)
+		if err != nil {
+			return nil, fmt.Errorf("xenstore device/vbd/%s: not a number", name)
+		}
+		kind, err := k.Store.Read(ctx, "device/vbd/"+name+"/device-type")
+		switch {
+		case errors.Is(err, fs.ErrNotExist): // being removed
+		case err != nil:
+			return nil, err
+		case kind == "cdrom":
+			devids = append(devids, devid)
+		}
+	}
+	return devids, nil
+}
+
+// incarnation tells one disk from the next under the same name: diskseq counts
+// every disk that the kernel has ever added (Linux 5.15).
+func (k *Keeper) incarnation(name string) (string, error) {
+	b, err := os.ReadFile(filepath.Join(k.Sys, "block", name, "diskseq"))
+	return strings.TrimSpace(string(b)), err
+}
+
+// open opens a disk the way QEMU wants the fdset's member: read-only, which is the access mode that it asks for.
+func (k *Keeper) open(devid int) (f *os.File, incarnation string, err error) {
+	name, err := Name(devid)
+	if err != nil {
+		return nil, "", err
+	}
+	if incarnation, err = k.incarnation(name); err != nil {
+		return nil, "", err
+	}
+	f, err = os.OpenFile(filepath.Join(k.Dev, name), os.O_RDONLY, 0)
+	if err != nil {
+		return nil, "", err
+	}
+	// The disk may have been another one when it was opened.
+	if now, err := k.incarnation(name); err != nil || now != incarnation {
+		f.Close()
+		return nil, "", fs.ErrNotExist
+	}
+	return f, incarnation, nil
+}
