@@ -1,9 +1,6 @@
 package vchan
 
-import (
-	"encoding/binary"
-	"errors"
-)
+import "errors"
 
 // endpoint is one vchan: pages, event channel, and what we know of them.
 type endpoint struct {
@@ -17,6 +14,9 @@ type endpoint struct {
 	// other; between the two it may have read the newer port. 0: none.
 	also uint32
 	used bool // a client has been attached
+	// describe writes what the next client reads before it attaches, whatever
+	// the last one has made of it.
+	describe func()
 }
 
 // newEndpoint makes an endpoint that nobody knows of yet.
@@ -41,14 +41,9 @@ func newEndpoint(t Transport, leftOrder, rightOrder uint, trace func(string, uin
 	e.left = newRing(&e.page, offLeft, place(leftOrder, mem.Bytes[pageSize:]))
 	e.right = newRing(&e.page, offRight, place(rightOrder, mem.Bytes[pageSize*(1+nl):]))
 
-	m := e.page.mem
-	binary.LittleEndian.PutUint16(m[offLeftOrder:], uint16(leftOrder))
-	binary.LittleEndian.PutUint16(m[offRightOrder:], uint16(rightOrder))
-	for i, ref := range mem.Refs[1:] {
-		binary.LittleEndian.PutUint32(m[offGrants+4*i:], ref)
-	}
-	m[offCliLive] = liveNever
-	m[offSrvLive] = 1
+	e.page.mem[offCliLive] = liveNever
+	e.describe = func() { e.page.describe(leftOrder, rightOrder, mem.Refs[1:]) }
+	e.describe()
 	return e, nil
 }
 
@@ -79,6 +74,7 @@ func (e *endpoint) retire(t Transport) error {
 // attached nothing helps: it may be between reading prod and writing cons, or
 // may have read all of it already, which looks as if the last client had.
 func (e *endpoint) reset(wrote bool) bool {
+	e.describe()
 	if !wrote {
 		return true
 	}
@@ -99,4 +95,15 @@ func (e *endpoint) dropInput() error {
 		e.left.skip(int(n))
 	}
 	return err
+}
+
+// sound says whether a next client can use what is there after one that came
+// and went before we looked.
+func (e *endpoint) sound() bool {
+	e.describe()
+	if _, err := e.left.unread(); err != nil {
+		return false
+	}
+	n, err := e.right.untaken()
+	return err == nil && n == 0
 }

@@ -33,7 +33,6 @@ type world struct {
 	taken   int     // how many of them
 	search  *search // of which this is a run
 	log     []string
-	keep    bool // log
 
 	server, clients *process
 	client          *vchantest.Client

@@ -90,8 +90,8 @@ func checkOrders(left, right uint) error {
 }
 
 // page is the shared page. Of what stands in it only the client's own indices
-// and the state word are ever read; orders and grants are written once and
-// what the client makes of them is its own affair.
+// and the state word are ever read. Orders and grants are only written, again
+// for each client: what one makes of them harms nobody else.
 type page struct {
 	mem []byte
 	// trace is called after each access to shared memory, with the value
@@ -116,20 +116,36 @@ func (p *page) live() byte {
 	return v
 }
 
-// ack moves cli_live from 1 to 3 and says whether it did. A client that
+// ack moves cli_live from 1 to 3 and returns what it was. A client that
 // attaches or leaves at the same moment wins: its byte store makes the
 // compare-and-swap fail.
-func (p *page) ack() bool {
+func (p *page) ack() byte {
 	w := p.word(offState)
 	for {
 		old := atomic.LoadUint32(w)
-		if byte(old>>shiftCliLive) != liveNew {
-			p.traced("ack", uint32(byte(old>>shiftCliLive)))
-			return false
+		live := byte(old >> shiftCliLive)
+		if live != liveNew {
+			p.traced("ack", uint32(live))
+			return live
 		}
 		if atomic.CompareAndSwapUint32(w, old, old&^(0xff<<shiftCliLive)|liveAcked<<shiftCliLive) {
 			p.traced("acked", liveAcked)
-			return true
+			return live
+		}
+	}
+}
+
+// describe writes what clients read to find the rings, and srv_live.
+func (p *page) describe(leftOrder, rightOrder uint, grants []uint32) {
+	atomic.StoreUint32(p.word(offLeftOrder), uint32(leftOrder|rightOrder<<16))
+	for i, ref := range grants {
+		atomic.StoreUint32(p.word(offGrants+4*i), ref)
+	}
+	w := p.word(offState)
+	for {
+		old := atomic.LoadUint32(w)
+		if atomic.CompareAndSwapUint32(w, old, old&^(0xff<<shiftSrvLive)|1<<shiftSrvLive) {
+			return
 		}
 	}
 }

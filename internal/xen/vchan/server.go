@@ -258,7 +258,10 @@ func (l *Listener) hangUp(c *Conn) {
 // place is published first, for whoever is hung up on to find. l.mu is held.
 func (l *Listener) replace(e *endpoint) {
 	var err error
-	if e == l.open[len(l.open)-1] {
+	switch e {
+	case l.next:
+		l.next = nil
+	case l.open[len(l.open)-1]:
 		err = l.publish(l.ctx)
 	}
 	l.open = slices.DeleteFunc(l.open, func(o *endpoint) bool { return o == e })
@@ -297,7 +300,15 @@ func (l *Listener) attach() bool {
 		candidates = append(candidates, l.next)
 	}
 	for i, e := range slices.Backward(candidates) {
-		if l.conn != nil && l.conn.e == e || !e.page.ack() {
+		if l.conn != nil && l.conn.e == e {
+			continue
+		}
+		live := e.page.ack()
+		if live == liveGone && !e.sound() {
+			l.replace(e)
+			return l.err == nil
+		}
+		if live != liveNew {
 			continue
 		}
 		if newest := candidates[len(candidates)-1]; e != newest {

@@ -318,5 +318,5 @@ func loadByte(mem []byte, off int) byte {
 	return byte(atomic.LoadUint32(word(mem, off&^3)) >> (8 * (off & 3)))
 }
 
-func load16(mem []byte, off int) uint16 { return binary.LittleEndian.Uint16(mem[off:]) }
-func load32(mem []byte, off int) uint32 { return binary.LittleEndian.Uint32(mem[off:]) }
+func load16(mem []byte, off int) uint16 { return uint16(load32(mem, off&^3) >> (8 * (off & 3))) }
+func load32(mem []byte, off int) uint32 { return atomic.LoadUint32(word(mem, off)) }
