@@ -219,12 +219,17 @@ func (p *Process) Wait(ctx context.Context) error {
 		return p.err
 	case <-ctx.Done():
 	}
-	if err := p.Signal(syscall.SIGKILL); err != nil {
-		return err
+	p.Kill()
+	return fmt.Errorf("in dom0: %s: killed: %w", abridge(p.cmd.Script), context.Cause(ctx))
+}
+
+// Kill kills the process's group and waits for the end, which is the only thing wanted of it.
+func (p *Process) Kill() {
+	if p.Signal(syscall.SIGKILL) != nil {
+		return // the agent is gone, and the process with it
 	}
 	select {
 	case <-p.done:
 	case <-time.After(killLimit):
 	}
-	return fmt.Errorf("in dom0: %s: killed: %w", abridge(p.cmd.Script), context.Cause(ctx))
 }

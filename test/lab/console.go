@@ -87,6 +87,11 @@ func (c *Console) Text() string {
 	return string(c.text)
 }
 
+// Tail returns the last n lines, with a heading.
+func (c *Console) Tail(n int) string {
+	return fmt.Sprintf("--- %s (%s, last %d lines)\n%s", c.name, c.file.Name(), n, LastLines(c.Text(), n))
+}
+
 // Expect waits until a part of the text that no Expect has taken yet matches, takes the text up to the end of the match,
 // and returns the match and its groups.
 func (c *Console) Expect(ctx context.Context, pattern string) ([]string, error) {
@@ -140,9 +145,7 @@ func (c *Console) Close() {
 	p, in := c.proc, c.in
 	c.mu.Unlock()
 	if p != nil {
-		ctx, cancel := context.WithCancel(context.Background())
-		cancel()
-		p.Wait(ctx) // kills it; its end is all that is wanted
+		p.Kill()
 		in.Close()
 	}
 	c.end(io.EOF)

@@ -1,7 +1,6 @@
 package lab
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -28,7 +27,7 @@ type Disk struct {
 
 // A Stubdom says what a guest's device model runs in.
 type Stubdom struct {
-	Kernel, Ramdisk string // files in dom0
+	Kernel, Ramdisk string // files in dom0; default libxl's
 	Memory          int    // MiB; default 192
 	Cmdline         string // default DefaultCmdline
 }
@@ -65,10 +64,14 @@ type Guest struct {
 	// Created is how long xl create took, by dom0's clock.
 	Created time.Duration
 
-	lab   *Lab
-	cfg   GuestConfig
-	loops []string
-	log   string // what xl said: a file here
+	// ConfigFile is xl.cfg in dom0.
+	ConfigFile string
+
+	lab    *Lab
+	cfg    GuestConfig
+	loops  []string
+	starts int
+	log    string // what xl said: a file here
 
 	mu     sync.Mutex
 	events *Process
@@ -84,7 +87,7 @@ while read -r path <&3; do
 	*/device/console/3/tty | */serial/0/tty | */device-model/*/state | */target | /local/domain/*/name) ;;
 	*) continue ;;
 	esac
-	IFS=/ read -r _ _ _ id _ dm g _ <<<"$path"
+	IFS=/ read -r _ _ _ id dm g _ <<<"$path"
 	value=$(xenstore-read "$path" 2>/dev/null) || continue
 	name=$(xenstore-read "/local/domain/$id/name" 2>/dev/null)
 	case $path in
@@ -102,83 +105,109 @@ while read -r path <&3; do
 	esac
 done`
 
-// CreateGuest runs xl create. It returns the guest also when that fails, for its logs and for Destroy.
-func (l *Lab) CreateGuest(ctx context.Context, cfg GuestConfig) (*Guest, error) {
-	g := &Guest{Name: cfg.Name, lab: l, cfg: cfg, log: filepath.Join(l.Dir, "xl-create-"+cfg.Name+".log")}
-	var err error
-	if g.Serial, err = newConsole(cfg.Name+"'s serial port", filepath.Join(l.Dir, "serial-"+cfg.Name+".log")); err != nil {
-		return g, err
+// NewGuest writes xl.cfg and makes the loop devices that it names. It starts nothing.
+func (l *Lab) NewGuest(ctx context.Context, cfg GuestConfig) (*Guest, error) {
+	g := &Guest{Name: cfg.Name, ConfigFile: "/root/" + cfg.Name + ".cfg", lab: l, cfg: cfg}
+	text, err := g.config(ctx)
+	if err == nil {
+		err = l.Put(ctx, g.ConfigFile, 0o644, strings.NewReader(text))
 	}
-	if g.Stub, err = newConsole(cfg.Name+"'s device model", filepath.Join(l.Dir, "stubdom-"+cfg.Name+".log")); err != nil {
-		return g, err
+	if err == nil {
+		err = os.WriteFile(filepath.Join(l.Dir, g.Name+".cfg"), []byte(text), 0o644)
 	}
-	if err := g.create(ctx); err != nil {
-		return g, fmt.Errorf("create %s: %w", cfg.Name, err)
+	if err != nil {
+		return g, fmt.Errorf("guest %s: %w", cfg.Name, err)
 	}
 	return g, nil
 }
 
-func (g *Guest) create(ctx context.Context) error {
-	text, err := g.config(ctx)
+// CreateGuest is NewGuest and Create. It returns the guest also after a failure, for its logs and for Destroy.
+func (l *Lab) CreateGuest(ctx context.Context, cfg GuestConfig) (*Guest, error) {
+	g, err := l.NewGuest(ctx, cfg)
+	if err != nil {
+		return g, err
+	}
+	return g, g.Create(ctx)
+}
+
+// Create runs xl create.
+func (g *Guest) Create(ctx context.Context) error { return g.bring(ctx, "create", g.ConfigFile) }
+
+// Restore runs xl restore from a file in dom0 that xl save wrote.
+func (g *Guest) Restore(ctx context.Context, file string) error {
+	return g.bring(ctx, "restore", g.ConfigFile, file)
+}
+
+// bring starts the guest with an xl command, and follows it with consoles of its own.
+func (g *Guest) bring(ctx context.Context, command string, args ...string) error {
+	g.Release()
+	g.starts++
+	file := func(kind string) string {
+		name := kind + "-" + g.Name
+		if g.starts > 1 {
+			name += fmt.Sprintf("-%d", g.starts)
+		}
+		return filepath.Join(g.lab.Dir, name+".log")
+	}
+	g.log = file("xl-" + command)
+	log, err := os.Create(g.log)
 	if err != nil {
 		return err
 	}
-	file := "/root/" + g.Name + ".cfg"
-	if err := g.lab.Put(ctx, file, 0o644, strings.NewReader(text)); err != nil {
+	defer log.Close()
+	if g.Serial, err = newConsole(g.Name+"'s serial port", file("serial")); err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(g.lab.Dir, g.Name+".cfg"), []byte(text), 0o644); err != nil {
+	if g.Stub, err = newConsole(g.Name+"'s device model", file("stubdom")); err != nil {
 		return err
 	}
+	g.Stages = nil
 	if err := g.watch(); err != nil {
 		return err
 	}
-	// libxl keeps logs of an earlier guest of this name by renaming; what is shown must be this one's.
+	// libxl keeps the logs of an earlier guest of this name by renaming; what is shown must be this one's.
 	if _, err := g.lab.Run(ctx, `rm -f /var/log/xen/*"-$1".log* /var/log/xen/*"-$1-dm".log*`, g.Name); err != nil {
 		return err
 	}
 	if err := g.Stub.run(g.lab, `exec tail -n +1 -F "$1" 2>/dev/null`, "/var/log/xen/qemu-dm-"+g.Name+".log"); err != nil {
 		return err
 	}
-	log, err := os.Create(g.log)
-	if err != nil {
-		return err
-	}
-	defer log.Close()
-	var times bytes.Buffer
+	var times []time.Duration
 	p, err := g.lab.Begin(Command{
-		Script: `read -r up _ </proc/uptime; echo $up; xl -vvv create "$1" >&2; code=$?; read -r up _ </proc/uptime; echo $up; exit $code`,
-		Args:   []string{file}, Stdout: &times, Stderr: log,
+		Script: `up() { read -r up _ </proc/uptime; echo $up; }; up; xl -vvv "$@" >&2; code=$?; up; exit $code`,
+		Args:   append([]string{command}, args...), Stderr: log,
+		Stdout: &lines{f: func(line string) {
+			if times = append(times, uptime(line)); len(times) == 1 {
+				g.stage(Stage{"xl " + command + " began", times[0]})
+			} else {
+				g.stage(Stage{"xl " + command + " ended", times[1]})
+			}
+		}},
 	})
 	if err != nil {
 		return err
 	}
 	err = p.Wait(ctx)
-	up := strings.Fields(times.String())
-	if len(up) == 2 {
-		begin, end := uptime(up[0]), uptime(up[1])
-		g.Created = end - begin
-		g.mu.Lock()
-		g.Stages = append([]Stage{{"xl create began", begin}}, g.Stages...)
-		g.mu.Unlock()
-		if err == nil {
-			g.stage(Stage{"xl create ended", end})
-		}
+	if len(times) == 2 {
+		g.Created = times[1] - times[0]
 	}
 	g.findIDs(ctx)
-	if err != nil {
-		var exit *ExitError
-		if errors.As(err, &exit) {
-			err = fmt.Errorf("xl create: exit code %d", exit.Code)
-		}
-		return fmt.Errorf("%w\n%s", err, g.Tails(25))
+	var exit *ExitError
+	if errors.As(err, &exit) {
+		err = fmt.Errorf("exit code %d", exit.Code)
 	}
-	if g.ID == 0 {
-		return fmt.Errorf("xl create ended well, but there is no domain %s", g.Name)
+	if err == nil && g.ID == 0 {
+		err = errors.New("ended well, but the domain does not exist")
 	}
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.ttyErr
+	if err == nil {
+		err = g.ttyErr
+	}
+	g.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("xl %s of %s: %w", command, g.Name, err)
+	}
+	return nil
 }
 
 func uptime(s string) time.Duration {
@@ -272,8 +301,12 @@ func (g *Guest) config(ctx context.Context) (string, error) {
 			cmdline = DefaultCmdline
 		}
 		put(`device_model_stubdomain_override = 1`)
-		put(`stubdomain_kernel = "%s"`, s.Kernel)
-		put(`stubdomain_ramdisk = "%s"`, s.Ramdisk)
+		if s.Kernel != "" {
+			put(`stubdomain_kernel = "%s"`, s.Kernel)
+		}
+		if s.Ramdisk != "" {
+			put(`stubdomain_ramdisk = "%s"`, s.Ramdisk)
+		}
 		put(`stubdomain_memory = %d`, memory)
 		put(`stubdomain_cmdline = "%s"`, cmdline)
 	}
@@ -345,6 +378,12 @@ func (l *Lab) XenstoreRead(ctx context.Context, path string) (string, error) {
 	return strings.TrimSuffix(out, "\n"), err
 }
 
+// Uptime is dom0's.
+func (l *Lab) Uptime(ctx context.Context) (time.Duration, error) {
+	out, err := l.Run(ctx, `cut -d' ' -f1 /proc/uptime`)
+	return uptime(strings.TrimSpace(out)), err
+}
+
 // State is the device model's state as the toolstack sees it: "running" is what it waits for.
 func (g *Guest) State(ctx context.Context) (string, error) {
 	return g.lab.XenstoreRead(ctx, fmt.Sprintf("/local/domain/%d/device-model/%d/state", g.StubID, g.ID))
@@ -396,8 +435,10 @@ func (g *Guest) QMP(ctx context.Context, commands ...string) ([]json.RawMessage,
 
 // Tails returns the ends of the logs that tell why something about this guest went wrong.
 func (g *Guest) Tails(n int) string {
-	return fmt.Sprintf("%s\n--- %s (last %d lines)\n%s\n--- %s (last %d lines)\n%s", Tail(g.log, n),
-		g.Stub.name, n, LastLines(g.Stub.Text(), n), g.Serial.name, n, LastLines(g.Serial.Text(), n))
+	if g.starts == 0 {
+		return g.Name + " was not started"
+	}
+	return strings.Join([]string{Tail(g.log, n), g.Stub.Tail(n), g.Serial.Tail(n)}, "\n")
 }
 
 // Destroy ends the guest as xl destroy does, and what the lab made for it.
@@ -417,13 +458,15 @@ func (g *Guest) Destroy(ctx context.Context) error {
 // Release ends what reads from the guest, and leaves the guest alone.
 func (g *Guest) Release() {
 	if g.events != nil {
-		ctx, cancel := context.WithCancel(context.Background())
-		cancel()
-		g.events.Wait(ctx)
+		g.events.Kill()
 		g.events = nil
 	}
-	g.Serial.Close()
-	g.Stub.Close()
+	if g.Serial != nil {
+		g.Serial.Close()
+	}
+	if g.Stub != nil {
+		g.Stub.Close()
+	}
 }
 
 // leftScript prints, a line each, what there is in dom0 besides an idle toolstack.

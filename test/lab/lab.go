@@ -193,6 +193,11 @@ func (l *Lab) writeInitrd(ctx context.Context, dst, base string) error {
 		}
 		add(place, data, 0o755)
 	}
+	add("root/.labshell", []byte(`[ "$1" = 0 ] || stty rows "$1" cols "$2"
+cd /root
+export PS1='dom0:\w# '
+exec bash --norc -i
+`), 0o644)
 	add("etc/lab-modules", []byte(strings.Join(bootModules, "\n")+"\n"), 0o644)
 	payload := maps.Clone(l.opts.Payload)
 	if payload == nil {
@@ -361,6 +366,19 @@ func (l *Lab) Get(ctx context.Context, name string) ([]byte, error) {
 	return []byte(out), err
 }
 
+// Interact connects a terminal, or whatever stdin and stdout are, with a shell in dom0 until the shell ends.
+func (l *Lab) Interact(ctx context.Context, stdin io.Reader, stdout io.Writer, rows, columns int) error {
+	p, err := l.Begin(Command{
+		Script: `exec socat STDIO 'EXEC:bash /root/.labshell '"$1 $2"',pty,stderr,setsid,ctty,sane'`,
+		Args:   []string{fmt.Sprint(rows), fmt.Sprint(columns)},
+		Stdin:  stdin, Stdout: stdout, Stderr: stdout,
+	})
+	if err != nil {
+		return err
+	}
+	return p.Wait(ctx)
+}
+
 // Close fetches dom0's logs and ends the machine. It may be called more than once.
 func (l *Lab) Close() error {
 	var err error
@@ -398,7 +416,7 @@ func (l *Lab) collect() error {
 	var stderr bytes.Buffer
 	var archive bytes.Buffer
 	p, err := l.Begin(Command{
-		Script: `mkdir -p /tmp/state && cd /tmp/state && { dmesg >dmesg; xl list -l >xl-list; xl dmesg >xl-dmesg; xenstore-ls -fp >xenstore; ps axww >ps; losetup -a >losetup; } 2>&1
+		Script: `mkdir -p /tmp/state && cd /tmp/state && { dmesg >dmesg; xl list -l >xl-list; xl dmesg >xl-dmesg; xenstore-ls -fp >xenstore; ps axww >ps; losetup -a >losetup; } 2>errors
 busybox tar -c -C / var/log/xen tmp/state`,
 		Stdout: &archive, Stderr: &stderr,
 	})

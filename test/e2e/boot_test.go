@@ -1,0 +1,256 @@
+//go:build lab
+
+package e2e
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/u-root/u-root/pkg/cpio"
+
+	"github.com/stubinit/stubinit/test/lab"
+)
+
+// A guest starts with a stock xl create, and is what the toolstack and its user expect.
+func TestBoot(t *testing.T) {
+	ctx := limit(t, 3*time.Minute)
+	g := create(t, ctx, config("boot"))
+	t.Run("serial", func(t *testing.T) {
+		ready(t, ctx, g)
+		if got := ask(t, ctx, g, "echo one two"); got != "one two" {
+			t.Errorf("echo one two: %q", got)
+		}
+	})
+	t.Run("state", func(t *testing.T) {
+		state, err := g.State(ctx)
+		if err != nil || state != "running" {
+			t.Errorf("device-model/%d/state is %q, %v: want running", g.ID, state, err)
+		}
+	})
+	t.Run("qmp", func(t *testing.T) {
+		for range 3 { // each is a connection of its own
+			if s := queryStatus(t, ctx, g); !strings.Contains(s, `"status": "running"`) {
+				t.Errorf("query-status: %s", s)
+			}
+		}
+	})
+	t.Run("ticks", func(t *testing.T) {
+		ask(t, ctx, g, "ticks on")
+		expect(t, ctx, g.Serial, `^tick \d+`)
+		expect(t, ctx, g.Serial, `^tick \d+`)
+		ask(t, ctx, g, "ticks off")
+	})
+	t.Run("unplug", func(t *testing.T) {
+		if got := ask(t, ctx, g, "unplug probe"); !strings.HasPrefix(got, "magic=0x49d2 ") {
+			t.Errorf("unplug probe: %q", got)
+		}
+		// The line that the guest wrote to port 0x12 at boot.
+		expect(t, ctx, g.Stub, `stubinit-guest boot 1`)
+	})
+}
+
+// Creates and destroys in a row, in one dom0.
+func TestCreateDestroy(t *testing.T) {
+	rounds := 3
+	if *soak {
+		rounds = 10
+	}
+	for i := range rounds {
+		t.Run(fmt.Sprint(i+1), func(t *testing.T) {
+			ctx := limit(t, 3*time.Minute)
+			ready(t, ctx, create(t, ctx, config("row")))
+		})
+	}
+}
+
+// Consoles that dom0's QEMU serves late, or not at all, keep no guest from starting.
+func TestConsoles(t *testing.T) {
+	tests := []struct {
+		name    string
+		cmdline string
+		pvArgs  []string
+	}{
+		// Console 2 without a backend, which is what QEMU from 8.2 on makes of it when nothing is restored.
+		{"kernel parameter", lab.DefaultCmdline, nil},
+		{"device_model_args_pv", "console=hvc0 quiet", []string{"-serial", "null", "-serial", "null", "-serial", "null"}},
+		// Nobody drains console 0 then, with QEMU from 8.2 on in dom0.
+		{"no console state", lab.DefaultCmdline + " stubinit.console_state=off stubinit.log=debug", nil},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			ctx := limit(t, 3*time.Minute)
+			cfg := config("consoles")
+			cfg.Stubdom.Cmdline, cfg.PVArgs = test.cmdline, test.pvArgs
+			g := create(t, ctx, cfg)
+			ready(t, ctx, g)
+			if s := queryStatus(t, ctx, g); !strings.Contains(s, `"status": "running"`) {
+				t.Errorf("query-status: %s", s)
+			}
+		})
+	}
+}
+
+// What cannot work ends in one FATAL line that says why, soon.
+func TestBadInput(t *testing.T) {
+	const stubOnly = `
+[ "$1 $2" = "block add" ] || exit 0
+IFS=/ read -r _ _ s _ <<<"$XENBUS_PATH"
+[[ $(xenstore-read "/local/domain/$s/name") = *-dm ]] || exit 0
+`
+	tests := []struct {
+		name string
+		hook string // changes what libxl has written, just before the stubdomain runs
+		args []string
+		// without is left out of the image's list of modules.
+		without string
+		want    []string // patterns in the stubdomain's log, in this order
+	}{
+		{
+			name: "no target",
+			hook: stubOnly + `xenstore-rm "/local/domain/$s/target"`,
+			want: []string{`FATAL config: .*\btarget\b.*device_model_stubdomain_override`},
+		},
+		{
+			name: "empty dm-argv",
+			hook: stubOnly + `
+vm=$(xenstore-read "/local/domain/$(xenstore-read "/local/domain/$s/target")/vm")
+for n in $(xenstore-list "$vm/image/dm-argv"); do xenstore-rm "$vm/image/dm-argv/$n"; done`,
+			want: []string{`FATAL config: .*/image/dm-argv: no arguments`},
+		},
+		{
+			name: "refused argument",
+			args: []string{"-no-such-option"},
+			want: []string{`no-such-option: invalid option`, `FATAL .*QEMU`},
+		},
+		{
+			name:    "no privcmd module",
+			without: "xen-privcmd",
+			want:    []string{`FATAL modules: .*/dev/xen/privcmd`},
+		},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			ctx := limit(t, 3*time.Minute)
+			l := boot(t)
+			cfg := config("bad")
+			cfg.HVMArgs = test.args
+			if test.hook != "" {
+				setHook(t, ctx, l, test.hook)
+			}
+			if test.without != "" {
+				cfg.Stubdom.Ramdisk = "/root/without-" + test.without
+				if err := l.Put(ctx, cfg.Stubdom.Ramdisk, 0o644, bytes.NewReader(imageWithout(t, test.without))); err != nil {
+					t.Fatal(err)
+				}
+			}
+			g, err := tryCreate(t, ctx, cfg)
+			if err == nil {
+				t.Errorf("xl create ended well")
+			}
+			for _, pattern := range test.want {
+				expect(t, ctx, g.Stub, pattern)
+			}
+			if strings.Contains(g.Stub.Text(), "Kernel panic") {
+				t.Errorf("the stubdomain's kernel panicked")
+			}
+		})
+	}
+}
+
+// setHook installs a scenario's script for dom0's hotplug scripts, until the end of the test.
+func setHook(t *testing.T, ctx context.Context, l *lab.Lab, script string) {
+	t.Helper()
+	const name = "/etc/xen/scripts/lab-hook"
+	if err := l.Put(ctx, name, 0o755, strings.NewReader("#!/bin/bash\n"+script+"\n")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		if _, err := l.Run(ctx, `rm "$1"`, name); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// imageWithout returns the suite's initrd followed by an archive that replaces the list of modules by one without a module:
+// the kernel unpacks both.
+func imageWithout(t *testing.T, module string) []byte {
+	t.Helper()
+	const list = "etc/stubinit/modules"
+	packed, err := os.ReadFile(rootfs(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var plain io.Reader
+	if bytes.HasPrefix(packed, []byte{0x1f, 0x8b}) {
+		plain, err = gzip.NewReader(bytes.NewReader(packed))
+	} else {
+		plain, err = zstd.NewReader(bytes.NewReader(packed))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := io.ReadAll(plain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	records, err := cpio.ReadAllRecords(cpio.Newc.Reader(bytes.NewReader(data)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range records {
+		if r.Name != list {
+			continue
+		}
+		text, err := io.ReadAll(io.NewSectionReader(r, 0, int64(r.FileSize)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var kept []string
+		for line := range strings.Lines(string(text)) {
+			if !strings.Contains(line, "/"+module+".ko") {
+				kept = append(kept, line)
+			}
+		}
+		if len(kept) != strings.Count(string(text), "\n")-1 {
+			t.Fatalf("%s does not name %s once:\n%s", list, module, text)
+		}
+		var more bytes.Buffer
+		w := cpio.Newc.Writer(&more)
+		if err := cpio.WriteRecords(w, []cpio.Record{cpio.StaticFile(list, strings.Join(kept, ""), 0o644)}); err != nil {
+			t.Fatal(err)
+		}
+		if err := cpio.WriteTrailer(w); err != nil {
+			t.Fatal(err)
+		}
+		padded := append(packed, make([]byte, -len(packed)&511)...)
+		return append(padded, more.Bytes()...)
+	}
+	t.Fatalf("the initrd has no %s", list)
+	return nil
+}
+
+// rootfs is the initrd's file here.
+func rootfs(t *testing.T) string {
+	t.Helper()
+	payload, err := lab.Artifacts(*suite, *image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for place, file := range payload {
+		if strings.HasSuffix(place, "-rootfs") {
+			return file
+		}
+	}
+	t.Fatal("the payload has no rootfs")
+	return ""
+}
