@@ -56,7 +56,7 @@ func start(t *testing.T, r *Reaper, change func(*Spec)) *vm {
 	if err != nil {
 		t.Fatal(err)
 	}
-	spec := Spec{Binary: binary, Args: []string{"-M", "none", "-nodefaults", "-display", "none", "-S"}}
+	spec := Spec{Binary: binary, Args: []string{"-M", "none", "-accel", "tcg", "-accel", "qtest", "-nodefaults", "-display", "none", "-S"}}
 	var toBridge, toAgent net.Conn
 	spec.Bridge, toBridge = listen(t, "bridge")
 	spec.Agent, toAgent = listen(t, "agent")

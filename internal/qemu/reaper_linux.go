@@ -103,8 +103,8 @@ type Stdio struct {
 }
 
 // Start starts c in a session of its own, with a minimal environment, and with stdio. Resource limits are the caller's. The files stay the caller's, who
-// closes the copies here: QEMU's death then ends what is on their other side. Out and Err become blocking: a program's last words
-// must not get lost in a full pipe.
+// closes the copies here: QEMU's death then ends what is on their other side. The standard descriptors become blocking, because programs expect that and
+// last words must not get lost in a full pipe; so a console that the agent itself writes to must be opened anew for stdio.
 func (r *Reaper) Start(c *Command, stdio Stdio) (*Process, error) {
 	p, err := r.start(c, stdio)
 	if err != nil {
@@ -131,9 +131,9 @@ func (r *Reaper) start(c *Command, stdio Stdio) (*Process, error) {
 			return nil, fmt.Errorf("descriptor %d: %w", i, err)
 		}
 	}
-	for _, fd := range numbers[1:3] {
+	for _, fd := range numbers[:3] {
 		if err := unix.SetNonblock(int(fd), false); err != nil {
-			return nil, fmt.Errorf("make output blocking: %w", err)
+			return nil, fmt.Errorf("make standard descriptors blocking: %w", err)
 		}
 	}
 

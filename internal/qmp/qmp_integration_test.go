@@ -33,13 +33,12 @@ func start(t *testing.T) (context.Context, *qmp.Monitor) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer listener.Close()
 	listener.SetUnlinkOnClose(false)
 	file, err := listener.File()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer file.Close()
+	listener.Close()
 	// Before QEMU is there: the greeting comes when it is.
 	conn, err := net.Dial("unix", path)
 	if err != nil {
@@ -48,11 +47,13 @@ func start(t *testing.T) (context.Context, *qmp.Monitor) {
 
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	t.Cleanup(cancel)
-	cmd := exec.CommandContext(ctx, binary, "-M", "none", "-nodefaults", "-display", "none", "-S",
+	cmd := exec.CommandContext(ctx, binary, "-M", "none", "-accel", "tcg", "-accel", "qtest", "-nodefaults", "-display", "none", "-S",
 		"-chardev", "socket,id=m,fd=3,server=on,wait=off", "-mon", "chardev=m,mode=control")
 	cmd.ExtraFiles = []*os.File{file}
 	cmd.Stderr = t.Output()
-	if err := cmd.Start(); err != nil {
+	err = cmd.Start()
+	file.Close() // so that QEMU's death ends the connection
+	if err != nil {
 		t.Fatal(err)
 	}
 	m := qmp.New(conn)
