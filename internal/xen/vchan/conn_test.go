@@ -168,6 +168,7 @@ func TestEcho(t *testing.T) {
 
 func TestClientLeaves(t *testing.T) {
 	s, c, _, _ := pair(t, vchan.Options{LeftOrder: 10, RightOrder: 11})
+	s.Write([]byte("x")) // the session stands: a client that leaves before is not heard
 	if _, err := c.Write([]byte("last words")); err != nil {
 		t.Fatal(err)
 	}

@@ -321,6 +321,7 @@ func (w *world) runClient(yield func()) (err error) {
 		}
 		leaving = true
 		w.client.Detach()
+		w.clients.tell(w, "client", "waits for the nodes", 0)
 		w.clients.wait = func() bool {
 			select {
 			case <-changed:
@@ -348,6 +349,7 @@ func (w *world) runClient(yield func()) (err error) {
 		case n > 0:
 			continue
 		}
+		w.clients.tell(w, "client", "waits", 0)
 		w.clients.wait = w.client.Pending
 		yield()
 		w.clients.wait = nil

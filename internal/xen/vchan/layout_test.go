@@ -138,6 +138,7 @@ func TestBadIndex(t *testing.T) {
 // TestBadIndexAtTheEnd: so does one that a client leaves behind.
 func TestBadIndexAtTheEnd(t *testing.T) {
 	s, c, l, x := pair(t, vchan.Options{LeftOrder: 10, RightOrder: 11})
+	s.Write([]byte("x")) // the session stands
 	copy(c.Page()[4:], []byte{0, 0, 0, 0x80})
 	c.Close()
 	if _, err := s.Read(make([]byte, 1)); !errors.Is(err, vchan.ErrPeerIndex) {

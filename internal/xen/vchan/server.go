@@ -264,6 +264,9 @@ func (l *Listener) replace(e *endpoint) {
 	case l.open[len(l.open)-1]:
 		err = l.publish(l.ctx)
 	}
+	if newest := l.open[len(l.open)-1]; newest != e {
+		e.also = newest.port // who came during the publication hears it, too
+	}
 	l.open = slices.DeleteFunc(l.open, func(o *endpoint) bool { return o == e })
 	l.retire(e)
 	if err != nil {
