@@ -166,4 +166,3 @@ func queryStatus(t *testing.T, ctx context.Context, g *lab.Guest) string {
 	}
 	return string(answer[0])
 }
-
