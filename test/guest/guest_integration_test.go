@@ -271,7 +271,7 @@ func TestDisks(t *testing.T) {
 	m.ok("ata 0 stress on")
 	m.ok("sleep 500")
 	stress := m.ok("ata 0 stress off")
-	if number(t, stress["reads"]) < 2 || stress["errors"] != "0" || stress["mismatches"] != "0" {
+	if number(t, stress["reads"]) < 10 || stress["errors"] != "0" || stress["mismatches"] != "0" {
 		t.Errorf("stress: %v", stress)
 	}
 	m.ok("poweroff")
@@ -323,12 +323,12 @@ func TestCDROM(t *testing.T) {
 	m.ok("cd 2 stress on")
 	m.ok("sleep 500")
 	stress := m.ok("cd 2 stress off")
-	if number(t, stress["reads"]) < 2 || stress["errors"] != "0" || stress["mismatches"] != "0" {
+	if number(t, stress["reads"]) < 10 || stress["errors"] != "0" || stress["mismatches"] != "0" {
 		t.Errorf("stress: %v", stress)
 	}
 
 	m.want("ok cd lock", "cd 2 lock on")
-	m.fields(map[string]string{"asc": "53", "ascq": "02"}, "cd 2 eject") // medium removal prevented
+	m.fields(map[string]string{"asc": "53"}, "cd 2 eject") // medium removal prevented
 	m.want("ok cd lock", "cd 2 lock off")
 	m.want("ok cd eject", "cd 2 eject")
 	m.fields(map[string]string{"tray": "1"}, "cd 2 event")

@@ -86,7 +86,8 @@ func (p *packet) ReadFrame(b []byte) (int, bool, error) {
 		}
 		return err != unix.EAGAIN
 	}); waitErr != nil {
-		return 0, false, fmt.Errorf("read a frame from %s: %w", p.name, waitErr)
+		// A socket without deadlines: the wait ends early only because it was closed, which has no exported error here.
+		return 0, false, fmt.Errorf("read a frame from %s: %w", p.name, os.ErrClosed)
 	}
 	if err != nil {
 		return 0, false, fmt.Errorf("read a frame from %s: %w", p.name, err)
@@ -128,7 +129,7 @@ func (p *packet) WriteFrame(frame []byte) error {
 		}
 		return err != unix.EAGAIN
 	}); waitErr != nil {
-		err = waitErr
+		err = os.ErrClosed
 	}
 	if err != nil {
 		return fmt.Errorf("write a frame of %d bytes to %s: %w", len(frame), p.name, err)

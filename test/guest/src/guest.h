@@ -83,6 +83,7 @@ u32 tsc_us(u64 since);
 
 /* main.c */
 void background(void);
+void idle(void);
 u64 number_arg(int argc, char **argv, int i, u64 otherwise);
 int on_off(const char *s);
 

@@ -47,6 +47,15 @@ void background(void)
 	nic_poll();
 }
 
+/* One round of waiting in a loop that has nothing else to do, and that is not
+ * in the middle of a disk command. */
+void idle(void)
+{
+	if (!ata_background())
+		wait_interrupt();
+	background();
+}
+
 static void info_command(int argc, char **argv)
 {
 	(void)argc, (void)argv;
@@ -79,10 +88,8 @@ static void sleep_command(int argc, char **argv)
 {
 	u32 ms = number_arg(argc, argv, 1, 1000), start = ticks;
 
-	while (ticks - start < ms / (1000 / HZ)) {
-		wait_interrupt();
-		background();
-	}
+	while (ticks - start < ms / (1000 / HZ))
+		idle();
 	put("ok sleep ms=%u ticks=%u\n", ms, ticks);
 }
 
@@ -139,9 +146,7 @@ void guest_main(void)
 		put("err boot memory_kib=%u needed=%u\n", memory_kib(), MEMORY_NEEDED_KIB);
 	unplug_boot(record->boots);
 	for (;;) {
-		if (!ata_background())
-			wait_interrupt();
-		background();
+		idle();
 		while ((line = serial_line()))
 			run_line(line);
 	}

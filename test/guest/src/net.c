@@ -168,10 +168,8 @@ int arp_resolve(struct nic *n, u32 ip, u8 *mac)
 		if (tries == 3)
 			return 0;
 		arp_send(n, 1, broadcast, ip);
-		for (start = ticks; ticks - start < HZ && arp_find(n, ip) < 0;) {
-			wait_interrupt();
-			background();
-		}
+		for (start = ticks; ticks - start < HZ && arp_find(n, ip) < 0;)
+			idle();
 	}
 	memcpy(mac, n->arp[at].mac, 6);
 	return 1;

@@ -113,10 +113,8 @@ static int answered(struct nic *n)
 {
 	u32 start = ticks;
 
-	while (!n->probe.answered && ticks - start < 2 * HZ && n->up) {
-		wait_interrupt();
-		background();
-	}
+	while (!n->probe.answered && ticks - start < 2 * HZ && n->up)
+		idle();
 	return n->probe.answered;
 }
 
@@ -192,10 +190,8 @@ static void wait_command(struct nic *n, u32 seconds)
 	u32 start = ticks;
 	int good;
 
-	while ((active(&n->in) || active(&n->out)) && n->up && ticks - start < seconds * HZ) {
-		wait_interrupt();
-		background();
-	}
+	while ((active(&n->in) || active(&n->out)) && n->up && ticks - start < seconds * HZ)
+		idle();
 	good = (n->in.state == DONE || n->in.state == IDLE) && (n->out.state == DONE || n->out.state == IDLE);
 	put("%s nic", good ? "ok" : "err");
 	put_transfer("sent", &n->out, 1);
