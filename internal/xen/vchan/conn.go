@@ -40,6 +40,7 @@ type Conn struct {
 // half is what Read and Write wait on.
 type half struct {
 	cond    *sync.Cond
+	waiting bool
 	expired bool
 	timer   *time.Timer
 	serial  int // of the deadline that timer is for
@@ -63,13 +64,30 @@ func (c *Conn) broadcast() {
 	c.wr.cond.Broadcast()
 }
 
-// wake lets Read and Write look again where there is something to see.
+// wake lets Read and Write go on if there is something for them. If not, the
+// event was for something older: a client moves its index first and takes our
+// request later, and that may have been the request for the next move. So the
+// request is made again, and again the ring is looked at afterwards.
 func (c *Conn) wake() {
-	if n, err := c.e.left.unread(); n > 0 || err != nil {
-		c.rd.cond.Broadcast()
+	if c.rd.waiting {
+		n, err := c.e.left.unread()
+		if n == 0 && err == nil {
+			c.e.page.request(notifyWrite)
+			n, err = c.e.left.unread()
+		}
+		if n > 0 || err != nil {
+			c.rd.cond.Broadcast()
+		}
 	}
-	if n, err := c.e.right.untaken(); n < c.e.right.size() || err != nil {
-		c.wr.cond.Broadcast()
+	if c.wr.waiting {
+		n, err := c.e.right.untaken()
+		if n == c.e.right.size() && err == nil {
+			c.e.page.request(notifyRead)
+			n, err = c.e.right.untaken()
+		}
+		if n < c.e.right.size() || err != nil {
+			c.wr.cond.Broadcast()
+		}
 	}
 }
 
@@ -124,7 +142,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 			asked = true
 			continue
 		}
-		c.rd.cond.Wait()
+		c.rd.wait()
 		asked = false
 	}
 }
@@ -256,7 +274,7 @@ func (c *Conn) Write(p []byte) (int, error) {
 			asked = true
 			continue
 		}
-		c.wr.cond.Wait()
+		c.wr.wait()
 		asked = false
 	}
 }
@@ -370,6 +388,12 @@ func (c *Conn) setDeadline(op string, t time.Time, halves ...*half) error {
 		h.cond.Broadcast()
 	}
 	return nil
+}
+
+func (h *half) wait() {
+	h.waiting = true
+	h.cond.Wait()
+	h.waiting = false
 }
 
 // stop forgets the deadline that was set.

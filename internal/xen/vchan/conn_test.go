@@ -370,6 +370,67 @@ func TestIdle(t *testing.T) {
 	}
 }
 
+// TestLateRequest: a client is held up between moving its index and looking
+// whether the server wants to know. By then the server waits for its next move,
+// and the client takes that request for the move already made.
+func TestLateRequest(t *testing.T) {
+	waitFor := func(t *testing.T, ok func() bool) {
+		for end := time.Now().Add(5 * time.Second); !ok(); runtime.Gosched() {
+			if time.Now().After(end) {
+				t.Fatal("the server does not ask")
+			}
+		}
+	}
+	t.Run("write", func(t *testing.T) {
+		s, c, _, x := pair(t, vchan.Options{LeftOrder: 10, RightOrder: 11})
+		if _, err := s.Write(make([]byte, 2048)); err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		once := false
+		c.Trace = func(op string, _ uint32) {
+			if op != "right.cons=" || once {
+				return
+			}
+			once = true
+			go func() {
+				_, err := s.Write(make([]byte, 1000)) // 500 at once
+				done <- err
+			}()
+			waitFor(t, func() bool { return c.Wanted(2) })
+		}
+		c.TryRead(make([]byte, 500))
+		waitFor(t, func() bool { return !x.Pending() && c.Wanted(2) })
+		c.TryRead(make([]byte, 500))
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("read", func(t *testing.T) {
+		s, c, _, x := pair(t, vchan.Options{LeftOrder: 10, RightOrder: 11})
+		s.Write([]byte("x")) // the session stands
+		done := make(chan error, 1)
+		once := false
+		c.Trace = func(op string, _ uint32) {
+			if op != "left.prod=" || once {
+				return
+			}
+			once = true
+			go func() {
+				_, err := io.ReadFull(s, make([]byte, 8)) // 4 at once
+				done <- err
+			}()
+			waitFor(t, func() bool { return c.Wanted(1) })
+		}
+		c.TryWrite([]byte("1234"))
+		waitFor(t, func() bool { return !x.Pending() && c.Wanted(1) })
+		c.TryWrite([]byte("5678"))
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestDeadlines(t *testing.T) {
 	s, _, _, _ := pair(t, vchan.Options{LeftOrder: 10, RightOrder: 11})
 	s.SetReadDeadline(time.Now().Add(-time.Second))

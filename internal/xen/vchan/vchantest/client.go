@@ -279,6 +279,10 @@ func (c *Client) asked(bit byte) bool {
 	return byte(old>>16)&bit != 0
 }
 
+// Wanted says whether the server has asked for an event: 1 for a write, 2 for a
+// read.
+func (c *Client) Wanted(bit byte) bool { return loadByte(c.page, cliNotify)&bit != 0 }
+
 func (c *Client) ready() uint32 {
 	n := c.load("right.prod", rightProd) - c.own(rightCons)
 	if n > c.right.size {
