@@ -112,11 +112,15 @@ IFS=/ read -r _ _ s _ <<<"$XENBUS_PATH"
 		// without is left out of the image's list of modules.
 		without string
 		want    []string // patterns in the stubdomain's log, in this order
+		// clean removes what libxl cannot find any more.
+		clean string
 	}{
 		{
 			name: "no target",
 			hook: stubOnly + `xenstore-rm "/local/domain/$s/target"`,
 			want: []string{`FATAL config: .*\btarget\b.*device_model_stubdomain_override`},
+			// Without the node libxl does not know a stubdomain when it destroys one, and leaves its proxy.
+			clean: `for dir in /proc/[0-9]*; do [ "$(cat $dir/comm 2>/dev/null)" != vchan-socket-pr ] || kill "${dir#/proc/}"; done; rm -f /run/xen/qmp-libxl-*`,
 		},
 		{
 			name: "empty dm-argv",
@@ -152,6 +156,15 @@ for n in $(xenstore-list "$vm/image/dm-argv"); do xenstore-rm "$vm/image/dm-argv
 				}
 			}
 			g, err := tryCreate(t, ctx, cfg)
+			if test.clean != "" {
+				t.Cleanup(func() {
+					ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+					defer cancel()
+					if _, err := l.Run(ctx, test.clean); err != nil {
+						t.Error(err)
+					}
+				})
+			}
 			if err == nil {
 				t.Errorf("xl create ended well")
 			}
