@@ -13,7 +13,7 @@ GUEST_OBJ := $(patsubst $(GUEST_DIR)/%,$(GUEST_OBJ_DIR)/%.o,$(GUEST_SRC))
 GUEST_SIZE := 8M
 GUEST_CC ?= gcc
 GUEST_CFLAGS := -m32 -march=i686 -mgeneral-regs-only -std=gnu11 -Os -ffreestanding -fno-pic -fno-pie -fno-stack-protector \
-	-fno-strict-aliasing -fno-asynchronous-unwind-tables -fcf-protection=none -Wall -Wextra -Werror
+	-fno-strict-aliasing -fno-asynchronous-unwind-tables -fcf-protection=none -Wall -Wextra
 
 .PHONY: guest
 guest: $(GUEST_IMG)

@@ -36,6 +36,8 @@ func build(t *testing.T) string {
 	c := exec.CommandContext(t.Context(), "make", "-C", "../..", "-f", "test/guest/guest.mk", "GUEST_BUILD="+dir)
 	if out, err := c.CombinedOutput(); err != nil {
 		t.Fatalf("build the guest (install make, gcc and binutils): %v\n%s", err, out)
+	} else if strings.Contains(string(out), "warning:") {
+		t.Errorf("the guest builds with warnings:\n%s", out)
 	}
 	return filepath.Join(dir, "guest.img")
 }
@@ -83,6 +85,20 @@ func boot(t *testing.T, image string, extra []*os.File, args ...string) *machine
 	m.line(0, "stubinit-guest ready")
 	m.line(0, "unplug magic")
 	return m
+}
+
+// monitor returns QEMU's human monitor: what boot needs for it, and a function that sends a command. The answers are
+// few enough for the socket's buffer; what a command did is seen in the guest.
+func monitor(t *testing.T) (file *os.File, args []string, say func(command string)) {
+	t.Helper()
+	conn, file := socketPair(t, unix.SOCK_STREAM)
+	t.Cleanup(func() { conn.Close() })
+	return file, []string{"-chardev", "socket,id=monitor,fd=3", "-mon", "chardev=monitor"}, func(command string) {
+		t.Helper()
+		if _, err := fmt.Fprintln(conn, command); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 func socketPair(t *testing.T, kind int) (net.Conn, *os.File) {
@@ -176,7 +192,8 @@ func TestImageIsReproducible(t *testing.T) {
 }
 
 func TestStateAndPower(t *testing.T) {
-	m := boot(t, build(t), nil)
+	file, args, say := monitor(t)
+	m := boot(t, build(t), []*os.File{file}, args...)
 	m.want("ok echo a b", "echo  a b ")
 	m.want("err nonsense unknown command", "nonsense 1")
 	m.fields(map[string]string{"boot": "1", "memory_kib": "65408"}, "info")
@@ -226,6 +243,24 @@ func TestStateAndPower(t *testing.T) {
 	from = len(m.Lines())
 	m.ok("crash")
 	_, next = m.line(from, "stubinit-guest ready boot=3 ")
+	m.line(next, "unplug magic")
+
+	from = len(m.Lines())
+	m.ok("suspend")
+	// The answer comes before the machine sleeps, and a wake-up in between is lost: wake it until it boots.
+	for deadline := time.Now().Add(limit); ; {
+		say("system_wakeup")
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		_, at, err := m.Wait(ctx, from, "stubinit-guest ready boot=4 ")
+		cancel()
+		if err == nil {
+			next = at
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
 	m.line(next, "unplug magic")
 
 	m.ok("poweroff")
@@ -301,13 +336,19 @@ func TestDisks(t *testing.T) {
 }
 
 func TestCDROM(t *testing.T) {
-	disc := filepath.Join(t.TempDir(), "disc.iso")
-	content := make([]byte, 1<<20+5*2048)
+	dir := t.TempDir()
+	disc, other := filepath.Join(dir, "disc.iso"), filepath.Join(dir, "other.iso")
+	content, otherContent := make([]byte, 1<<20+5*2048), make([]byte, 300*2048)
 	peer.Pattern(12, 0, content)
-	if err := os.WriteFile(disc, content, 0o600); err != nil {
-		t.Fatal(err)
+	peer.Pattern(13, 0, otherContent)
+	for name, b := range map[string][]byte{disc: content, other: otherContent} {
+		if err := os.WriteFile(name, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
-	m := boot(t, build(t), nil, "-drive", "file="+disc+",format=raw,media=cdrom,if=ide,index=2", "-drive", "media=cdrom,if=ide,index=3")
+	file, args, say := monitor(t)
+	m := boot(t, build(t), []*os.File{file}, append(args,
+		"-drive", "file="+disc+",format=raw,media=cdrom,if=ide,index=2", "-drive", "media=cdrom,if=ide,index=3")...)
 	m.want("err ata not a disk", "ata 2 identify")
 	m.want("err cd absent", "cd 1 identify")
 	m.want("err cd not a packet device", "cd 0 identify")
@@ -335,6 +376,18 @@ func TestCDROM(t *testing.T) {
 	m.fields(map[string]string{"ready": "0", "key": "2"}, "cd 2 ready")
 	m.want("ok cd load", "cd 2 load")
 	m.fields(map[string]string{"crc": fmt.Sprintf("%08x", crc32.ChecksumIEEE(content))}, "cd 2 crc")
+
+	// Another disc while the guest reads: noticed, no error, and the content is the new one's.
+	m.ok("cd 2 stress on")
+	say("change ide1-cd0 " + other + " raw")
+	for deadline := time.Now().Add(limit); m.ok("cd 2 stress")["changes"] == "0"; m.ok("sleep 50") {
+		if time.Now().After(deadline) {
+			t.Fatal("the guest does not notice the new disc")
+		}
+	}
+	m.ok("sleep 200")
+	m.fields(map[string]string{"changes": "1", "errors": "0", "mismatches": "0"}, "cd 2 stress off")
+	m.fields(map[string]string{"crc": fmt.Sprintf("%08x", crc32.ChecksumIEEE(otherContent))}, "cd 2 crc")
 }
 
 // lossy loses some frames each way.

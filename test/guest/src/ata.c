@@ -251,13 +251,14 @@ static int test_unit_ready(struct unit *u)
 	return packet(u, cdb, buffer, 0) >= 0;
 }
 
-/* Passes over what the drive says once after a start or a change of medium. */
-static void clear_attention(struct unit *u)
+/* Passes over what the drive says once after a start or a change of medium. Returns how often it did. */
+static u32 clear_attention(struct unit *u)
 {
 	u32 i;
 
 	for (i = 0; i < 4 && !test_unit_ready(u) && u->key == KEY_UNIT_ATTENTION; i++)
 		;
+	return i;
 }
 
 static void stress_step(struct unit *u)
@@ -266,7 +267,7 @@ static void stress_step(struct unit *u)
 	int good;
 
 	if (u->stress_cd && !u->chunks) {
-		clear_attention(u);
+		u->changes += clear_attention(u);
 		u->chunks = cd_frames(u) / CHUNK_FRAMES;
 		u->at = u->known = 0;
 		if (u->chunks > ARRAY_SIZE(u->crc))
@@ -323,6 +324,8 @@ static void stress(const char *name, struct unit *u, int on)
 		u->reads = u->errors = u->mismatches = u->changes = u->not_ready = 0;
 		u->at = u->known = 0;
 		u->stress_cd = streq(name, "cd");
+		if (u->stress_cd)
+			clear_attention(u); /* from before: no change of medium that the reads saw */
 		u->chunks = 0;
 		if (!u->stress_cd)
 			u->chunks = u->sectors / CHUNK_SECTORS < ARRAY_SIZE(u->crc) ? (u32)u->sectors / CHUNK_SECTORS : ARRAY_SIZE(u->crc);

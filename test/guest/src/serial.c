@@ -24,13 +24,21 @@ void serial_init(void)
 	irq_unmask(4);
 }
 
-/* Gives up on a byte after a while: a port that nobody reads must not stop the guest. */
+/* A port that nobody drains must not stop the guest: after three seconds without
+ * room, bytes are dropped until there is some again. */
 void serial_putc(char c)
 {
-	u32 tries;
+	static int stuck;
+	u32 start = ticks, tries = 0;
 
-	for (tries = 0; !(inb(COM1 + 5) & LSR_ROOM) && tries < 200000; tries++)
-		;
+	while (!(inb(COM1 + 5) & LSR_ROOM)) {
+		/* The count is for when interrupts are off and no tick comes. */
+		if (stuck || ticks - start > 3 * HZ || ++tries == 5000000) {
+			stuck = 1;
+			return;
+		}
+	}
+	stuck = 0;
 	outb(COM1, c);
 }
 
