@@ -1,0 +1,88 @@
+# make lab    boots Xen in an emulator, and in it a guest whose QEMU runs under stubinit
+# make test   runs every tier of tests that this machine can run, the lab included
+# make help   lists the rest
+
+SUITE ?= trixie
+SUITES ?= trixie bookworm
+BUILD := build
+VERSION := $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+GO ?= go
+# What PID 1 is built with: static, and the same bytes from the same source.
+GOSTATIC := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false
+
+# The lab's clocks count instructions, so that a busy machine changes no result; ICOUNT=0 is quicker by hand.
+ICOUNT ?= 1
+LABFLAGS := $(if $(filter 1,$(ICOUNT)),-icount)
+
+.DELETE_ON_ERROR:
+.PHONY: help deps build initrd guest lab lab-shell test test-plain test-integration test-lab check soak clean FORCE
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
+# make deps   installs the Debian packages that all this needs
+# make build  builds stubinit and mkinitramfs
+# make initrd builds the image for SUITE (trixie, bookworm) in build/SUITE
+# make check  is for before a commit: format, vet, staticcheck, race detector, arm64
+# make soak   is for what takes too long for every change
+# make lab-shell  gives a shell in the lab's dom0
+
+deps:
+	@scripts/install-deps
+
+build: $(BUILD)/stubinit $(BUILD)/mkinitramfs
+
+$(BUILD)/stubinit: FORCE
+	@$(GOSTATIC) -ldflags "-s -w -X main.version=$(VERSION)" -o $@ ./cmd/stubinit
+
+$(BUILD)/mkinitramfs: FORCE
+	@$(GO) build -o $@ ./cmd/mkinitramfs
+
+initrd: initrd-$(SUITE)
+
+# Made anew each time: the builder takes seconds, and knows its inputs better than make does.
+initrd-%: deps build
+	@$(BUILD)/mkinitramfs -suite $* -o $(BUILD)/$*
+
+include test/guest/guest.mk
+
+lab: initrd guest
+	@$(GO) run ./test/lab/cmd/lab -suite $(SUITE) $(if $(IMAGE),-image $(IMAGE))
+
+lab-shell: initrd guest
+	@$(GO) run ./test/lab/cmd/lab -suite $(SUITE) $(if $(IMAGE),-image $(IMAGE)) -shell
+
+test: test-plain test-integration test-lab
+
+# Each tier runs everything and fails at its end, so that one failure does not hide another.
+test-plain: deps
+	$(GO) test ./...
+
+test-integration: deps guest
+	@[ "$$(id -u)" = 0 ] || { echo "make test-integration: needs root (network namespaces, SCHED_FIFO)" >&2; exit 1; }
+	$(GO) test -tags integration -count 1 ./...
+
+test-lab: $(SUITES:%=initrd-%) guest
+	@set -e; for suite in $(SUITES); do \
+		echo "$(GO) test -tags lab -suite $$suite ./test/e2e"; \
+		$(GO) test -tags lab -count 1 -timeout 25m -v ./test/e2e -suite $$suite $(LABFLAGS); \
+	done
+
+soak: $(SUITES:%=initrd-%) guest
+	@set -e; for suite in $(SUITES); do \
+		$(GO) test -tags lab -count 1 -timeout 5h -v ./test/e2e -suite $$suite $(LABFLAGS) -soak; \
+	done
+
+check: deps
+	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$unformatted" ] || { echo "gofmt -w $$unformatted" >&2; exit 1; }
+	$(GO) vet ./...
+	$(GO) vet -tags integration ./...
+	$(GO) vet -tags lab ./test/...
+	$(GO) tool staticcheck ./...
+	GOARCH=arm64 $(GOSTATIC) -o /dev/null ./cmd/stubinit
+	$(GO) mod tidy -diff
+	$(GO) test -race ./...
+
+clean:
+	rm -rf $(BUILD)
+
+FORCE:
