@@ -91,7 +91,7 @@ func deadline(t *testing.T, d time.Duration) context.Context {
 }
 
 func TestPattern(t *testing.T) {
-	// The guest's words for these seeds, from its C code.
+	// Any part made alone is the same as in the whole.
 	whole := make([]byte, 4096)
 	Pattern(7, 0, whole)
 	for _, span := range [][2]int{{0, 1}, {1, 2}, {3, 9}, {4, 8}, {510, 1027}, {4095, 4096}} {
