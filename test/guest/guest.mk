@@ -20,14 +20,14 @@ guest: $(GUEST_IMG)
 
 $(GUEST_OBJ_DIR)/%.o: $(GUEST_DIR)/% $(GUEST_DIR)/guest.h $(wildcard $(GUEST_DIR)/*.h) $(lastword $(MAKEFILE_LIST))
 	@mkdir -p $(GUEST_OBJ_DIR)
-	$(GUEST_CC) $(GUEST_CFLAGS) -c -o $@ $<
+	@$(GUEST_CC) $(GUEST_CFLAGS) -c -o $@ $<
 
 $(GUEST_OBJ_DIR)/guest.elf: $(GUEST_OBJ) $(GUEST_DIR)/guest.ld
-	ld -m elf_i386 -nostdlib -static --build-id=none -z noexecstack --no-warn-rwx-segments -T $(GUEST_DIR)/guest.ld -o $@ $(GUEST_OBJ)
+	@ld -m elf_i386 -nostdlib -static --build-id=none -z noexecstack --no-warn-rwx-segments -T $(GUEST_DIR)/guest.ld -o $@ $(GUEST_OBJ)
 
 $(GUEST_IMG): $(GUEST_OBJ_DIR)/guest.elf
-	objcopy -O binary -j .boot $< $(GUEST_OBJ_DIR)/boot.bin
-	objcopy -O binary -j .body $< $(GUEST_OBJ_DIR)/body.bin
-	cat $(GUEST_OBJ_DIR)/boot.bin $(GUEST_OBJ_DIR)/body.bin > $@.new
-	truncate -s $(GUEST_SIZE) $@.new
-	mv $@.new $@
+	@objcopy -O binary -j .boot $< $(GUEST_OBJ_DIR)/boot.bin
+	@objcopy -O binary -j .body $< $(GUEST_OBJ_DIR)/body.bin
+	@cat $(GUEST_OBJ_DIR)/boot.bin $(GUEST_OBJ_DIR)/body.bin > $@.new
+	@truncate -s $(GUEST_SIZE) $@.new
+	@mv $@.new $@
