@@ -4,7 +4,7 @@
 //
 //	go test -tags lab ./test/e2e -suite trixie -v -timeout 25m
 //
-// The tests share one boot of the lab. What they logged is under build/lab/SUITE/e2e.
+// The tests share one boot of the lab. What they logged is under build/lab/SUITE/NAME.
 package e2e
 
 import (
@@ -22,6 +22,7 @@ import (
 var (
 	suite  = flag.String("suite", "trixie", "Debian `suite` of hypervisor, dom0 and image")
 	image  = flag.String("image", "", "`folder` with qemu-stubdom-linux-kernel and -rootfs (default build/SUITE)")
+	name   = flag.String("name", "e2e", "the run's `name`: its logs are in build/lab/SUITE/NAME")
 	icount = flag.Bool("icount", false, "let the lab's clocks count instructions")
 	soak   = flag.Bool("soak", false, "do more rounds of everything")
 )
@@ -52,7 +53,7 @@ func boot(t *testing.T) *lab.Lab {
 		if payload, shared.err = lab.Artifacts(*suite, *image); shared.err == nil {
 			// It lives until TestMain closes it, so not on the test's context.
 			shared.lab, shared.err = lab.Start(context.Background(), lab.Options{
-				Suite: *suite, Name: "e2e", Icount: *icount, Payload: payload, Progress: os.Stderr,
+				Suite: *suite, Name: *name, Icount: *icount, Payload: payload, Progress: os.Stderr,
 			})
 		}
 	}

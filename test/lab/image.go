@@ -101,9 +101,12 @@ func gunzip(dst, src string) error {
 	return os.WriteFile(dst, data, 0o644)
 }
 
-// pruned are the folders that dom0 does not need: every MB costs boot time.
+// pruned are the folders and files that dom0 does not need: every MB costs boot time.
 var pruned = []string{
 	"boot",
+	"usr/bin/perl", "usr/bin/perl5.36.0", "usr/bin/perl5.40.1", "usr/bin/python3.11", "usr/bin/python3.13",
+	"usr/lib/xen-4.17/boot/xen-shim", "usr/lib/xen-4.20/boot/xen-shim", "usr/share/qemu/skiboot.lid", "usr/share/perl",
+	"usr/lib/x86_64-linux-gnu/perl", "usr/lib/x86_64-linux-gnu/gio",
 	"usr/include", "usr/lib/debug", "usr/lib/dracut", "usr/lib/klibc", "usr/lib/modules", "usr/lib/python3", "usr/lib/python3.11",
 	"usr/lib/python3.13", "usr/lib/systemd", "usr/lib/udev", "usr/lib/valgrind",
 	"usr/lib/x86_64-linux-gnu/gconv", "usr/lib/x86_64-linux-gnu/gstreamer-1.0", "usr/lib/x86_64-linux-gnu/gstreamer1.0",
@@ -144,7 +147,10 @@ func pack(ctx context.Context, dst, root, version string) error {
 			return err
 		}
 		if slices.Contains(pruned, name) {
-			return filepath.SkipDir
+			if d.IsDir() {
+				return filepath.SkipDir
+			}
+			return nil
 		}
 		return add(path, name)
 	})

@@ -34,7 +34,7 @@ func (s Suite) packages() []string {
 	return []string{
 		"xen-hypervisor-" + s.Xen + "-amd64", "xen-utils-" + s.Xen, "xen-utils-common", "xenstore-utils",
 		"qemu-system-xen", "linux-image-amd64",
-		"bash", "coreutils", "util-linux", "grep", "sed", "procps", "kmod", "iproute2", "socat", "busybox-static",
+		"bash", "coreutils", "util-linux", "mount", "grep", "sed", "procps", "kmod", "iproute2", "socat", "busybox-static",
 	}
 }
 
