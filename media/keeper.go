@@ -6,6 +6,9 @@
 // blockdev-change-medium. A detach fails after 10 s if anybody still has the device open. So each incarnation of a block device is given
 // to QEMU exactly once, and our own descriptor is closed at once: a set that libxl has removed must not come back before the disk is another one.
 //
+// A QEMU that is stopped (QMP stop, as around a save; xl pause does not stop QEMU) closes a removed set's descriptors only from 9.1 on. An older one keeps them,
+// and the PV detach then fails after its 10 s, whatever we do.
+//
 // stubdom.txt, "CD-ROM changing".
 package media
 
@@ -47,7 +50,9 @@ type Keeper struct {
 	Dev    string // "/dev"
 	Sys    string // "/sys"
 
-	given map[int]string // devid → the incarnation whose descriptor QEMU has
+	// given is, by devid, the incarnation that QEMU has been given. Entries stay when the vbd goes: its nodes and its disk come and go
+	// at different times, and a set that libxl has removed must not come back in between.
+	given map[int]string
 }
 
 // A Set is an fdset for QEMU's command line.
@@ -62,9 +67,8 @@ func Opaque(devid int) string { return "stub-devid:" + strconv.Itoa(devid) }
 // requestLimit bounds each QMP request: QEMU answers these in milliseconds, if at all.
 const requestLimit = 10 * time.Second
 
-// Initial opens the removable disks that are there already.
+// Initial opens the removable disks that are there already. One that cannot be opened is logged, and Run tries it again.
 func (k *Keeper) Initial(ctx context.Context) ([]Set, error) {
-	k.given = make(map[int]string)
 	devids, err := k.removable(ctx)
 	if err != nil {
 		return nil, err
@@ -72,16 +76,14 @@ func (k *Keeper) Initial(ctx context.Context) ([]Set, error) {
 	var sets []Set
 	for _, devid := range devids {
 		f, incarnation, err := k.open(devid)
-		if errors.Is(err, fs.ErrNotExist) {
+		if gone(err) {
 			continue // not connected yet: Run sees it come
 		}
 		if err != nil {
-			for _, s := range sets {
-				s.File.Close()
-			}
-			return nil, err
+			k.Log.Error("no fdset for removable disk at the start", "devid", devid, "err", err)
+			continue
 		}
-		k.given[devid] = incarnation
+		k.keep(devid, incarnation)
 		sets = append(sets, Set{Opaque(devid), f})
 	}
 	return sets, nil
@@ -148,16 +150,9 @@ func (k *Keeper) sync(ctx context.Context, qmp Monitor) {
 		k.Log.Warn("cannot list removable disks", "err", err)
 		return
 	}
-	seen := make(map[int]bool)
 	for _, devid := range devids {
-		seen[devid] = true
 		if err := k.give(ctx, qmp, devid); err != nil && ctx.Err() == nil {
 			k.Log.Error("no fdset for removable disk: xl cd-insert of it will time out", "devid", devid, "err", err)
-		}
-	}
-	for devid := range k.given {
-		if !seen[devid] {
-			delete(k.given, devid)
 		}
 	}
 }
@@ -169,22 +164,15 @@ func (k *Keeper) give(ctx context.Context, qmp Monitor, devid int) error {
 		return err
 	}
 	incarnation, err := k.incarnation(name)
-	if errors.Is(err, fs.ErrNotExist) {
-		delete(k.given, devid)
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	if k.given[devid] == incarnation {
+	if err == nil && k.given[devid] == incarnation {
 		return nil
 	}
 	start := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, requestLimit)
 	defer cancel()
 	f, incarnation, err := k.open(devid)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENXIO) {
-		return nil // gone again; an event follows
+	if gone(err) {
+		return nil // an event follows
 	}
 	if err != nil {
 		return err
@@ -196,9 +184,16 @@ func (k *Keeper) give(ctx context.Context, qmp Monitor, devid int) error {
 	if _, err := qmp.ExecuteWithFile(ctx, "add-fd", map[string]any{"opaque": Opaque(devid)}, f); err != nil {
 		return err
 	}
-	k.given[devid] = incarnation
+	k.keep(devid, incarnation)
 	k.Log.Info("fdset for removable disk", "devid", devid, "disk", name, "took", time.Since(start))
 	return nil
+}
+
+func (k *Keeper) keep(devid int, incarnation string) {
+	if k.given == nil {
+		k.given = make(map[int]string)
+	}
+	k.given[devid] = incarnation
 }
 
 // removeStale removes a set of the disk's former incarnation, which libxl
@@ -263,6 +258,9 @@ func (k *Keeper) incarnation(name string) (string, error) {
 	b, err := os.ReadFile(filepath.Join(k.Sys, "block", name, "diskseq"))
 	return strings.TrimSpace(string(b)), err
 }
+
+// gone says that an open failed because there is no disk, or none any more.
+func gone(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENXIO) }
 
 // open opens a disk the way QEMU wants the fdset's member: read-only, which is the access mode that it asks for.
 func (k *Keeper) open(devid int) (f *os.File, incarnation string, err error) {
