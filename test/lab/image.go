@@ -42,6 +42,11 @@ func buildImage(ctx context.Context, s Suite, progress io.Writer) (image, error)
 	dir := suiteDir(s)
 	root := filepath.Join(dir, "root")
 	img := image{filepath.Join(dir, "xen"), filepath.Join(dir, "vmlinuz"), filepath.Join(dir, "dom0.cpio")}
+	lock, err := lockFile(ctx, dir+".lock", progress)
+	if err != nil {
+		return img, err
+	}
+	defer lock.Close()
 
 	fetch := exec.CommandContext(ctx, filepath.Join(Top(), "scripts", "fetch-packages"), append([]string{s.Name, root}, s.packages()...)...)
 	fetch.Stdout, fetch.Stderr = progress, progress

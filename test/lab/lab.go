@@ -59,12 +59,12 @@ type Lab struct {
 	// Ready is how long it took from the start of the machine until dom0 took commands.
 	Ready time.Duration
 
-	opts Options
-	conn *conn
-	lock *os.File
-	stop context.CancelFunc // kills QEMU
-	gone chan struct{}      // closed when QEMU ended; exit is set then
-	exit error
+	opts   Options
+	conn   *conn
+	places places
+	stop   context.CancelFunc // kills QEMU
+	gone   chan struct{}      // closed when QEMU ended; exit is set then
+	exit   error
 }
 
 // Start boots a lab. It builds what is missing first, and waits while another run uses this checkout's lab.
@@ -93,7 +93,7 @@ func Start(ctx context.Context, o Options) (*Lab, error) {
 	if err := os.MkdirAll(l.Dir, 0o755); err != nil {
 		return nil, err
 	}
-	if l.lock, err = lockLab(ctx, o.Progress); err != nil {
+	if l.places, err = takePlaces(ctx, o.Icount, o.Progress); err != nil {
 		return nil, err
 	}
 	if err := l.boot(ctx); err != nil {
@@ -101,33 +101,6 @@ func Start(ctx context.Context, o Options) (*Lab, error) {
 		return nil, fmt.Errorf("lab %s: %w\n%s", suite.Name, err, Tail(filepath.Join(l.Dir, "serial.log"), 30))
 	}
 	return l, nil
-}
-
-// lockLab makes sure that one lab runs at a time: two would be too slow for the toolstack's limits.
-func lockLab(ctx context.Context, progress io.Writer) (*os.File, error) {
-	name := filepath.Join(Top(), "build", "lab", "lock")
-	f, err := os.OpenFile(name, os.O_CREATE|os.O_RDWR, 0o644)
-	if err != nil {
-		return nil, err
-	}
-	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
-		return f, nil
-	}
-	fmt.Fprintf(progress, "lab: another run holds %s: waiting\n", name)
-	got := make(chan error, 1)
-	go func() { got <- unix.Flock(int(f.Fd()), unix.LOCK_EX) }()
-	select {
-	case err = <-got:
-		if err == nil {
-			return f, nil
-		}
-	case <-ctx.Done():
-		// The goroutine above still has the descriptor: it closes the file when the lock comes.
-		go func() { <-got; f.Close() }()
-		return nil, fmt.Errorf("%s: held by another run: %w", name, context.Cause(ctx))
-	}
-	f.Close()
-	return nil, fmt.Errorf("flock %s: %w", name, err)
 }
 
 func (l *Lab) boot(ctx context.Context) error {
@@ -393,10 +366,7 @@ func (l *Lab) Close() error {
 	if l.conn != nil {
 		l.conn.close()
 	}
-	if l.lock != nil {
-		l.lock.Close()
-		l.lock = nil
-	}
+	l.places.Close()
 	return err
 }
 
