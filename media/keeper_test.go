@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -141,9 +142,14 @@ func (q *fakeQEMU) count(name string) (n int) {
 }
 
 // fakeEvents gives what the test sends.
-type fakeEvents struct{ c chan any } // uevent.Event or error
+type fakeEvents struct {
+	c       chan any // uevent.Event or error
+	waiting *atomic.Int32
+}
 
 func (f fakeEvents) Next(ctx context.Context) (uevent.Event, error) {
+	f.waiting.Add(1)
+	defer f.waiting.Add(-1)
 	select {
 	case e := <-f.c:
 		if err, ok := e.(error); ok {
@@ -175,7 +181,7 @@ const self = 7
 
 func newBench(t *testing.T) *bench {
 	b := &bench{
-		t: t, store: xenstoretest.New(t), events: fakeEvents{make(chan any)}, qemu: &fakeQEMU{sets: map[int64]fakeSet{}},
+		t: t, store: xenstoretest.New(t), events: fakeEvents{make(chan any), new(atomic.Int32)}, qemu: &fakeQEMU{sets: map[int64]fakeSet{}},
 		dir: t.TempDir(), log: new(bytes.Buffer), ended: make(chan error, 1),
 	}
 	if err := os.MkdirAll(b.dir+"/dev", 0o755); err != nil {
@@ -736,6 +742,9 @@ func TestRunEnds(t *testing.T) {
 				tt.end(b)
 				if err := <-b.ended; !errors.Is(err, tt.want) {
 					t.Errorf("Run: %v, want %v", err, tt.want)
+				}
+				if n := b.events.waiting.Load(); n != 0 {
+					t.Error("Run did not wait for its goroutines")
 				}
 				if n := b.store.Watches(self); n != 0 {
 					t.Errorf("%d watches are left", n)
