@@ -4,6 +4,15 @@
 // A path without a leading slash ("device/vif") is relative to the domain's
 // own folder, /local/domain/<domid>. Values are bytes held in a string: they
 // may be empty, and may hold NUL or bytes from 0x80 on.
+//
+// A connection has one request under way; the next one goes out when the answer
+// to it has been read. The protocol allows more, the kernel's driver does not.
+// Since Linux 4.11 it has one buffer for each open file, from which the xenbus
+// thread copies a payload into xenstored's ring some time after write(2) has
+// returned: a second request gets into the first one's payload. And a write of a
+// watch waits for that thread with the file's lock held, which the thread takes to hand
+// over an earlier answer: both wait for ever, and with them all of the
+// kernel's own requests.
 package xenstore
 
 import (
@@ -14,6 +23,8 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -24,14 +35,12 @@ import (
 // Device is the kernel's door to xenstored.
 const Device = "/dev/xen/xenbus"
 
-const (
-	// maxCalls bounds the requests without an answer, given-up ones included:
-	// their answers still have to be told apart when they come.
-	maxCalls = 1024
-	// undoLimit is the time for what must be said to xenstored though the
-	// caller's context has ended: end of a transaction, end of a watch.
-	undoLimit = 5 * time.Second
-)
+// returnLimit is how long a caller waits for the end of a transaction or of a
+// watch, whatever has become of its context.
+const returnLimit = 5 * time.Second
+
+// errNotSent is wrapped by the error of a request that xenstored has not seen.
+var errNotSent = errors.New("not sent")
 
 // Error says which operation failed on which path. Err holds a syscall.Errno
 // if the kernel or xenstored refused, so that errors.Is(err, fs.ErrNotExist)
@@ -52,35 +61,54 @@ func (e *Error) Error() string {
 func (e *Error) Unwrap() error { return e.Err }
 
 // Client is one connection to xenstored, for use by any number of goroutines.
+// Their requests are sent in the order in which they were made.
 type Client struct {
 	conn io.ReadWriteCloser
-	send chan *call
+	turn chan struct{} // holds one token while the writer may have something to send
 	done chan struct{} // closed when the connection has ended; err is set by then
 
-	wg sync.WaitGroup // the reader, the writer, undo calls
+	wg sync.WaitGroup // the reader and the writer
 
 	mu      sync.Mutex
 	err     error
 	lastID  uint32
-	calls   map[uint32]*call
+	queue   []*call // not sent yet, oldest first
+	onWire  *call   // sent and not answered; nil if the next one may be sent
 	token   uint64
 	watches map[string]*Watch // by token
 }
 
-// call is a request on its way.
+// call is a request and the caller that waits for its answer.
 type call struct {
 	request wire.Message
-	answer  chan answer // takes one answer without blocking
-	// undo, if not nil, takes back what the request has done. It runs when
-	// the answer comes after the caller has gone.
-	undo func(ctx context.Context, payload []byte)
-	gone bool
+	// undo, if not nil, makes of the answer the request that takes back what this
+	// one did. That one is sent if the caller has gone when the answer comes.
+	undo func(payload []byte) (wire.Message, bool)
+	// owed keeps the request in the queue when its caller has gone: it gives
+	// back what xenstored keeps for this domain and counts against its quota.
+	owed bool
+
+	answer chan answer // takes one answer without blocking
+	sent   time.Time   // zero while in the queue
+	gone   bool        // nobody receives from answer any more
 }
 
 type answer struct {
 	payload []byte
 	err     error
 }
+
+// String is what an Error says about the request.
+func (c *call) String() string {
+	typ := c.request.Type
+	if typ == wire.TransactionStart || typ == wire.TransactionEnd {
+		return typ.String()
+	}
+	path, _, _ := strings.Cut(string(c.request.Payload), "\x00")
+	return typ.String() + " " + path
+}
+
+func (c *call) age() time.Duration { return time.Since(c.sent).Round(time.Millisecond) }
 
 // Open connects through Device. The kernel's own writes block until xenstored
 // has answered a watch, so Close may wait as long.
@@ -101,14 +129,14 @@ func open(path string) (*Client, error) {
 }
 
 // NewClient speaks xenstore's protocol over conn, which it owns from now on.
-// Close must end a Read that waits. Each request is one Write; a Write that
-// returns a syscall.Errno and no bytes fails that request alone.
+// Close must end a Read that waits. Each request is one Write, which comes after
+// the answer to the one before was read; a Write that returns a syscall.Errno and
+// no bytes fails that request alone.
 func NewClient(conn io.ReadWriteCloser) *Client {
 	c := &Client{
 		conn:    conn,
-		send:    make(chan *call),
+		turn:    make(chan struct{}, 1),
 		done:    make(chan struct{}),
-		calls:   make(map[uint32]*call),
 		watches: make(map[string]*Watch),
 	}
 	c.wg.Go(c.read)
@@ -184,98 +212,132 @@ func (c *Client) dispatch(m wire.Message) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	call := c.calls[m.ReqID]
 	switch {
-	case call == nil:
+	case c.onWire == nil || m.ReqID != c.onWire.request.ReqID:
 		return fmt.Errorf("bad header: answer of type %q to request %d, which is not waiting", m.Type, m.ReqID)
 	case m.Type == wire.Error:
-		c.finish(call, answer{err: wire.ParseError(m.Payload)})
-	case m.Type == call.request.Type:
-		c.finish(call, answer{payload: m.Payload})
+		c.finish(answer{err: wire.ParseError(m.Payload)})
+	case m.Type == c.onWire.request.Type:
+		c.finish(answer{payload: m.Payload})
 	default:
-		return fmt.Errorf("bad header: answer of type %q to request %d of type %q", m.Type, m.ReqID, call.request.Type)
+		return fmt.Errorf("bad header: answer of type %q to request %d of type %q", m.Type, m.ReqID, c.onWire.request.Type)
 	}
 	return nil
 }
 
-// finish ends a call. c.mu is held.
-func (c *Client) finish(call *call, a answer) {
-	delete(c.calls, call.request.ReqID)
-	if !call.gone {
-		call.answer <- a
-		return
+// finish ends the call on the wire and gives the turn to the next. c.mu is held.
+func (c *Client) finish(a answer) {
+	ended := c.onWire
+	c.onWire = nil
+	if !ended.gone {
+		ended.answer <- a
+	} else if ended.undo != nil && a.err == nil {
+		if request, ok := ended.undo(a.payload); ok {
+			c.queue = slices.Insert(c.queue, 0, &call{request: request, owed: true, gone: true})
+		}
 	}
-	if call.undo != nil && a.err == nil && c.err == nil {
-		// Not here: the undo's own answer comes through this goroutine.
-		c.wg.Go(func() {
-			ctx, cancel := context.WithTimeout(context.Background(), undoLimit)
-			defer cancel()
-			call.undo(ctx, a.payload)
-		})
+	c.wake()
+}
+
+// wake makes the writer look for something to send.
+func (c *Client) wake() {
+	select {
+	case c.turn <- struct{}{}:
+	default:
 	}
 }
 
+// next puts the oldest request on the wire; it is nil if there is none or the
+// wire is in use.
+func (c *Client) next() *call {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.onWire != nil || len(c.queue) == 0 {
+		return nil
+	}
+	call := c.queue[0]
+	c.queue = slices.Delete(c.queue, 0, 1)
+	c.lastID++
+	call.request.ReqID = c.lastID
+	call.sent = time.Now()
+	c.onWire = call
+	return call
+}
+
+// write sends the requests. It is a goroutine of its own because the kernel may
+// hold a Write until xenstored answers, and callers go when their context ends.
 func (c *Client) write() {
 	var b []byte
 	for {
 		select {
 		case <-c.done:
 			return
-		case call := <-c.send:
-			b = call.request.Append(b[:0])
-			n, err := c.conn.Write(b)
-			if err == nil {
-				continue
-			}
-			var errno syscall.Errno
-			if n != 0 || !errors.As(err, &errno) {
-				c.end(fmt.Errorf("write a message of type %q: %w", call.request.Type, err))
-				return
-			}
-			// The kernel refused this message and has forgotten it: so says a
-			// watch that xenstored did not accept.
-			c.mu.Lock()
-			c.finish(call, answer{err: errno})
-			c.mu.Unlock()
+		case <-c.turn:
 		}
+		call := c.next()
+		if call == nil {
+			continue
+		}
+		b = call.request.Append(b[:0])
+		n, err := c.conn.Write(b)
+		if err == nil {
+			continue
+		}
+		var errno syscall.Errno
+		if n != 0 || !errors.As(err, &errno) {
+			c.end(fmt.Errorf("write a message of type %q: %w", call.request.Type, err))
+			return
+		}
+		// The kernel refused this message and has forgotten it: so says a
+		// watch that xenstored did not accept.
+		c.mu.Lock()
+		if c.onWire == call { // else it was answered all the same
+			c.finish(answer{err: errno})
+		}
+		c.mu.Unlock()
 	}
 }
 
-// roundTrip sends one request and waits for its answer.
-func (c *Client) roundTrip(ctx context.Context, typ wire.Type, tx uint32, payload []byte, undo func(context.Context, []byte)) ([]byte, error) {
+// roundTrip sends one request and waits for its answer. If ctx ends first, undo
+// (may be nil) takes back what the request does; see call.
+func (c *Client) roundTrip(ctx context.Context, request wire.Message, undo func([]byte) (wire.Message, bool)) ([]byte, error) {
+	return c.do(ctx, &call{request: request, undo: undo})
+}
+
+// giveBack sends a request that ends something in xenstored. It waits for the
+// answer, returnLimit at most; the request is sent even if its turn comes later.
+func (c *Client) giveBack(request wire.Message) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), returnLimit)
+	defer cancel()
+	return c.do(ctx, &call{request: request, owed: true})
+}
+
+func (c *Client) do(ctx context.Context, call *call) ([]byte, error) {
 	if err := ctx.Err(); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", errNotSent, err)
 	}
-	if size := wire.HeaderSize + len(payload); size > wire.MaxRequest {
+	if size := wire.HeaderSize + len(call.request.Payload); size > wire.MaxRequest {
 		return nil, fmt.Errorf("message of %d bytes, xenbus takes %d: %w", size, wire.MaxRequest, syscall.E2BIG)
 	}
-	call := &call{
-		request: wire.Message{Type: typ, TxID: tx, Payload: payload},
-		answer:  make(chan answer, 1),
-		undo:    undo,
+	call.answer = make(chan answer, 1)
+	c.mu.Lock()
+	if c.err != nil {
+		defer c.mu.Unlock()
+		return nil, c.err
 	}
-	if err := c.register(call); err != nil {
-		return nil, err
-	}
-	select {
-	case c.send <- call:
-	case <-c.done:
-		return nil, c.Err()
-	case <-ctx.Done():
-		c.mu.Lock()
-		delete(c.calls, call.request.ReqID)
-		c.mu.Unlock()
-		return nil, fmt.Errorf("not sent, an earlier request blocks: %w", ctx.Err())
-	}
+	c.queue = append(c.queue, call)
+	c.mu.Unlock()
+	c.wake()
+
 	select {
 	case a := <-call.answer:
 		return a.payload, a.err
 	case <-c.done:
 	case <-ctx.Done():
 	}
-	// An answer that came at the same time counts: with it the caller owns what it brought.
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	// An answer that came at the same time counts: with it the caller owns what it brought.
 	select {
 	case a := <-call.answer:
 		return a.payload, a.err
@@ -285,25 +347,15 @@ func (c *Client) roundTrip(ctx context.Context, typ wire.Type, tx uint32, payloa
 		return nil, c.err
 	}
 	call.gone = true
-	return nil, fmt.Errorf("no answer from xenstored: %w", ctx.Err())
-}
-
-func (c *Client) register(call *call) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.err != nil {
-		return c.err
+	if !call.sent.IsZero() {
+		return nil, fmt.Errorf("no answer from xenstored for %v: %w", call.age(), ctx.Err())
 	}
-	if len(c.calls) >= maxCalls {
-		return fmt.Errorf("%d requests without an answer from xenstored: %w", len(c.calls), syscall.EBUSY)
+	if !call.owed {
+		i := slices.Index(c.queue, call)
+		c.queue = slices.Delete(c.queue, i, i+1)
 	}
-	for {
-		c.lastID++
-		if _, used := c.calls[c.lastID]; !used {
-			break
-		}
+	if c.onWire == nil { // the writer is about to take the next one
+		return nil, fmt.Errorf("%w: %w", errNotSent, ctx.Err())
 	}
-	call.request.ReqID = c.lastID
-	c.calls[c.lastID] = call
-	return nil
+	return nil, fmt.Errorf("%w: xenstored has not answered %v for %v: %w", errNotSent, c.onWire, c.onWire.age(), ctx.Err())
 }

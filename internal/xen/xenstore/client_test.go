@@ -1,6 +1,7 @@
 package xenstore_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -168,7 +170,7 @@ func TestRequestsThatCannotBeSent(t *testing.T) {
 	ended, cancel := context.WithCancel(ctx)
 	cancel()
 	_, err = c.Read(ended, "v")
-	wantErr(t, err, context.Canceled, "read v")
+	wantErr(t, err, context.Canceled, "read v: not sent: context canceled")
 }
 
 func TestListInParts(t *testing.T) {
@@ -338,64 +340,353 @@ func TestUpdateFails(t *testing.T) {
 	}
 }
 
+// requests checks what the client has under way.
+func requests(t *testing.T, c *xenstore.Client, queued int, wire string) {
+	t.Helper()
+	if n, w := c.Requests(); n != queued || w != wire {
+		t.Errorf("%d requests wait for %q, want %d for %q", n, w, queued, wire)
+	}
+}
+
+// A caller goes when its context ends; its request holds the wire until the
+// answer is there. Then what the answer brought is given back, before anything else.
 func TestLateAnswers(t *testing.T) {
+	for _, tt := range []struct {
+		name                  string
+		call                  func(context.Context, *xenstore.Client) error
+		watches, transactions int // at the server meanwhile
+		undo                  []string
+	}{
+		{"read /v", func(ctx context.Context, c *xenstore.Client) error {
+			_, err := c.Read(ctx, "/v")
+			return err
+		}, 0, 0, nil},
+		{"watch /v", func(ctx context.Context, c *xenstore.Client) error {
+			_, err := c.Watch(ctx, "/v")
+			return err
+		}, 1, 0, []string{"unwatch /v 1"}},
+		{"start transaction", func(ctx context.Context, c *xenstore.Client) error {
+			return c.Update(ctx, func(*xenstore.Tx) error { panic("ran") })
+		}, 0, 1, []string{"end transaction F"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := xenstoretest.New(t)
+				s.Set("/v", "1")
+				conn := &hookConn{ReadWriteCloser: s.DialConn(dom)}
+				var sent []string
+				conn.before = func(m wire.Message) { sent = append(sent, spell(m)) }
+				c := xenstore.NewClient(conn)
+				defer c.Close()
+				s.SetFaults(xenstoretest.Faults{Late: true})
+
+				soon, cancel := context.WithTimeout(t.Context(), time.Second)
+				defer cancel()
+				wantErr(t, tt.call(soon, c), context.DeadlineExceeded, tt.name+": no answer from xenstored for 1s")
+				later, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+				defer cancel()
+				_, err := c.Read(later, "/x")
+				wantErr(t, err, context.DeadlineExceeded, "read /x: not sent: xenstored has not answered "+tt.name+" for 3s")
+				requests(t, c, 0, tt.name)
+				if s.Watches(dom) != tt.watches || s.Transactions(dom) != tt.transactions {
+					t.Errorf("%d watches, %d transactions at the server", s.Watches(dom), s.Transactions(dom))
+				}
+
+				var wg sync.WaitGroup
+				wg.Go(func() {
+					if v, err := c.Read(t.Context(), "/v"); err != nil || v != "1" {
+						t.Errorf("Read after it = %q, %v", v, err)
+					}
+				})
+				synctest.Wait()
+				requests(t, c, 1, tt.name)
+				sent = nil
+				s.SetFaults(xenstoretest.Faults{})
+				wg.Wait()
+				if diff := cmp.Diff(append(tt.undo, "read /v"), sent); diff != "" {
+					t.Error(diff)
+				}
+				if s.Watches(dom) != 0 || s.Transactions(dom) != 0 {
+					t.Errorf("%d watches, %d transactions left at the server", s.Watches(dom), s.Transactions(dom))
+				}
+				requests(t, c, 0, "")
+			})
+		})
+	}
+}
+
+// spell is a request as type and strings.
+func spell(m wire.Message) string {
+	return strings.TrimSpace(m.Type.String() + " " + strings.ReplaceAll(string(m.Payload), "\x00", " "))
+}
+
+// hold makes a request whose caller has gone and whose answer is late, so that
+// it holds the wire. It needs a synctest bubble.
+func hold(t *testing.T, s *xenstoretest.Server, c *xenstore.Client) {
+	t.Helper()
+	s.SetFaults(xenstoretest.Faults{Late: true})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if err := c.Mkdir(ctx, "held"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("mkdir: %v", err)
+	}
+	synctest.Wait()
+}
+
+// What xenstored keeps is given back however long the wire is in use.
+func TestOwedRequests(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		call func(*testing.T, *xenstoretest.Server, *xenstore.Client)
+	}{
+		{"watch", func(t *testing.T, s *xenstoretest.Server, c *xenstore.Client) {
+			w, err := c.Watch(t.Context(), "/v")
+			check(t, err)
+			hold(t, s, c)
+			wantErr(t, w.Close(), context.DeadlineExceeded, "unwatch /v: not sent: xenstored has not answered mkdir held for 5.001s")
+		}},
+		{"transaction given up", func(t *testing.T, s *xenstoretest.Server, c *xenstore.Client) {
+			own := errors.New("own")
+			if err := c.Update(t.Context(), func(*xenstore.Tx) error { hold(t, s, c); return own }); err != own {
+				t.Errorf("err = %v, want fn's", err)
+			}
+		}},
+		{"commit not sent", func(t *testing.T, s *xenstoretest.Server, c *xenstore.Client) {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			err := c.Update(ctx, func(tx *xenstore.Tx) error {
+				err := tx.Write(ctx, "n", "1")
+				hold(t, s, c)
+				return err
+			})
+			wantErr(t, err, context.DeadlineExceeded, "end transaction: not sent: xenstored has not answered mkdir held for 1s")
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s, c := dial(t)
+				tt.call(t, s, c)
+				requests(t, c, 1, "mkdir held")
+				if n := s.Watches(dom) + s.Transactions(dom); n != 1 {
+					t.Errorf("%d watches and transactions at the server, want 1", n)
+				}
+				s.SetFaults(xenstoretest.Faults{})
+				synctest.Wait()
+				if n := s.Watches(dom) + s.Transactions(dom); n != 0 {
+					t.Errorf("%d watches and transactions left at the server", n)
+				}
+				if _, ok := s.Get("/local/domain/5/n"); ok {
+					t.Error("the transaction took place")
+				}
+				requests(t, c, 0, "")
+			})
+		})
+	}
+}
+
+// The order is that of the calls; who gives up leaves the queue, so that a
+// xenstored that hangs does not fill the memory.
+func TestOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		s, c := dial(t)
-		s.Set("/v", "1")
-		s.SetFaults(xenstoretest.Faults{Late: true})
-		soon, cancel := context.WithTimeout(t.Context(), time.Second)
+		s := xenstoretest.New(t)
+		conn := &hookConn{ReadWriteCloser: s.DialConn(dom)}
+		var sent, want []string
+		conn.before = func(m wire.Message) { sent = append(sent, spell(m)) }
+		c := xenstore.NewClient(conn)
+		defer c.Close()
+		hold(t, s, c)
+		sent = nil
+		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		var wg sync.WaitGroup
-		wg.Go(func() {
-			_, err := c.Read(soon, "/v")
-			wantErr(t, err, context.DeadlineExceeded, "read /v: no answer from xenstored")
-		})
-		wg.Go(func() {
-			_, err := c.Watch(soon, "/v")
-			wantErr(t, err, context.DeadlineExceeded, "watch /v: no answer")
-		})
-		wg.Go(func() {
-			wantErr(t, c.Update(soon, func(*xenstore.Tx) error { t.Error("ran"); return nil }), context.DeadlineExceeded, "start transaction")
-		})
-		wg.Wait()
-		if s.Watches(dom) != 1 || s.Transactions(dom) != 1 {
-			t.Fatalf("%d watches, %d transactions at the server, want one of each", s.Watches(dom), s.Transactions(dom))
+		for i := range 20 {
+			name := fmt.Sprintf("n%d", i)
+			if i%4 == 1 {
+				wg.Go(func() { wantErr(t, c.Mkdir(ctx, name), context.Canceled, "mkdir "+name+": not sent: ") })
+			} else {
+				want = append(want, "mkdir "+name)
+				wg.Go(func() {
+					if err := c.Mkdir(t.Context(), name); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			synctest.Wait()
 		}
-		if n := c.Waiting(); n != 3 {
-			t.Errorf("%d requests waiting, want 3", n)
-		}
-		// The late answers are dropped, and what they brought is given back.
-		s.SetFaults(xenstoretest.Faults{})
+		requests(t, c, 20, "mkdir held")
+		cancel()
 		synctest.Wait()
-		if s.Watches(dom) != 0 || s.Transactions(dom) != 0 {
-			t.Errorf("%d watches, %d transactions left at the server", s.Watches(dom), s.Transactions(dom))
-		}
-		if n := c.Waiting(); n != 0 {
-			t.Errorf("%d requests leaked", n)
-		}
-		if v, err := c.Read(t.Context(), "/v"); err != nil || v != "1" {
-			t.Errorf("Read after it = %q, %v", v, err)
+		requests(t, c, 15, "mkdir held")
+		s.SetFaults(xenstoretest.Faults{})
+		wg.Wait()
+		if diff := cmp.Diff(want, sent); diff != "" {
+			t.Error(diff)
 		}
 	})
 }
 
-// A xenstored that never answers does not fill the memory.
-func TestTooManyUnanswered(t *testing.T) {
-	s, c := dial(t)
-	s.SetFaults(xenstoretest.Faults{Late: true})
-	for range 1024 {
-		s2, cancel := context.WithCancel(t.Context())
-		go cancel()
-		c.Read(s2, "/v")
-		cancel()
+// xenbusConn does with requests what the kernel does: one buffer for the file,
+// from which a request goes on some time after Write has returned, while that of a
+// watch goes on within Write. Anything written before the answer to the
+// request before was read fails the test.
+type xenbusConn struct {
+	t     testing.TB
+	inner io.ReadWriteCloser
+	buf   [wire.MaxRequest]byte
+	wg    sync.WaitGroup
+
+	mu       sync.Mutex
+	waiting  string // the request without an answer
+	received []byte // from inner, less than a message
+	sent     int
+}
+
+func (x *xenbusConn) Write(b []byte) (int, error) {
+	m, err := wire.Receive(bytes.NewReader(b))
+	if err != nil {
+		x.t.Errorf("write of %q: %v", b, err)
+		return 0, syscall.EINVAL
 	}
-	for c.Waiting() < 1024 { // some were cancelled before they were sent
-		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
-		c.Read(ctx, "/v")
-		cancel()
+	x.mu.Lock()
+	if x.waiting != "" {
+		x.t.Errorf("%q written, and %q has no answer", spell(m), x.waiting)
 	}
-	_, err := c.Read(within(t), "/v")
-	wantErr(t, err, syscall.EBUSY, "1024 requests without an answer")
+	x.waiting = spell(m)
+	x.sent++
+	x.mu.Unlock()
+	request := x.buf[:copy(x.buf[:], b)]
+	if m.Type == wire.Watch || m.Type == wire.Unwatch {
+		n, err := x.inner.Write(request)
+		if err != nil {
+			x.answered()
+		}
+		return n, err
+	}
+	x.wg.Go(func() {
+		runtime.Gosched()
+		if _, err := x.inner.Write(request); err != nil {
+			x.t.Errorf("%s: %v", spell(m), err)
+		}
+	})
+	return len(b), nil
+}
+
+func (x *xenbusConn) answered() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.waiting = ""
+}
+
+func (x *xenbusConn) Read(b []byte) (int, error) {
+	n, err := x.inner.Read(b)
+	x.received = append(x.received, b[:n]...)
+	for {
+		r := bytes.NewReader(x.received)
+		m, err := wire.Receive(r)
+		if err != nil { // the rest is to come
+			break
+		}
+		x.received = x.received[len(x.received)-r.Len():]
+		if m.Type != wire.WatchEvent {
+			x.answered()
+		}
+	}
+	return n, err
+}
+
+func (x *xenbusConn) Close() error {
+	x.wg.Wait()
+	return x.inner.Close()
+}
+
+func TestOneRequestOnTheWire(t *testing.T) {
+	s := xenstoretest.New(t)
+	s.SetFaults(xenstoretest.Faults{Chunk: 11, EventBeforeAck: true, EventAfterUnwatch: true, Fail: func(op, path string) syscall.Errno {
+		if op == "watch" && path == "denied" {
+			return syscall.EACCES
+		}
+		return 0
+	}})
+	conn := &xenbusConn{t: t, inner: s.DialConn(dom)}
+	c := xenstore.NewClient(conn)
+	defer c.Close()
+	ctx := within(t)
+	var wg sync.WaitGroup
+	for i := range 6 {
+		path, count := fmt.Sprintf("n/%d", i), fmt.Sprintf("count/%d", i/2)
+		loop := func(f func(value string) error) {
+			wg.Go(func() {
+				for j := range 40 {
+					if err := f(strings.Repeat(fmt.Sprint(j), i+1)); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+		loop(func(value string) error {
+			err := c.Write(ctx, path, value)
+			if got, err := c.Read(ctx, path); err != nil || got != value {
+				t.Errorf("%s = %q, %v, want %q", path, got, err, value)
+			}
+			return err
+		})
+		loop(func(string) error { // two add to each count
+			for {
+				err := c.Update(ctx, func(tx *xenstore.Tx) error {
+					v, err := tx.Read(ctx, count)
+					if err != nil && !errors.Is(err, fs.ErrNotExist) {
+						return err
+					}
+					return tx.Write(ctx, count, v+"+")
+				})
+				if !errors.Is(err, syscall.EAGAIN) {
+					return err
+				}
+			}
+		})
+		loop(func(string) error {
+			w, err := c.Watch(ctx, path)
+			if err != nil {
+				return err
+			}
+			_, err = w.Next(ctx)
+			return errors.Join(err, w.Close())
+		})
+		loop(func(string) error {
+			_, err := c.Watch(ctx, "denied")
+			if !errors.Is(err, fs.ErrPermission) {
+				t.Errorf("watch denied: %v", err)
+			}
+			return nil
+		})
+		loop(func(value string) error { // callers that go
+			soon, cancel := context.WithTimeout(ctx, time.Duration(len(value))*10*time.Microsecond)
+			defer cancel()
+			var err error
+			if len(value)%2 == 0 {
+				_, err = c.WaitFor(soon, "never", func(string, bool) bool { return false })
+			} else {
+				err = c.Update(soon, func(tx *xenstore.Tx) error { _, err := tx.List(soon, "n"); return err })
+			}
+			if err != nil && !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+			return nil
+		})
+	}
+	wg.Wait()
+	check(t, c.Mkdir(ctx, "last")) // behind all that callers have left
+	requests(t, c, 0, "")
+	if s.Watches(dom) != 0 || s.Transactions(dom) != 0 {
+		t.Errorf("%d watches, %d transactions left at the server", s.Watches(dom), s.Transactions(dom))
+	}
+	for i := range 3 {
+		if v, _ := s.Get(fmt.Sprintf("/local/domain/5/count/%d", i)); len(v) != 80 {
+			t.Errorf("count %d is %d, want 80", i, len(v))
+		}
+	}
+	check(t, c.Close())
+	t.Logf("%d requests", conn.sent)
 }
 
 func TestEnd(t *testing.T) {
@@ -569,9 +860,7 @@ func TestWriteErrors(t *testing.T) {
 	wantErr(t, err, fs.ErrPermission, "watch /denied: permission denied")
 	_, err = c.WaitFor(ctx, "/denied", nil)
 	wantErr(t, err, fs.ErrPermission, "watch /denied")
-	if n := c.Waiting(); n != 0 {
-		t.Errorf("%d requests leaked", n)
-	}
+	requests(t, c, 0, "")
 	check(t, c.Write(ctx, "fine", "")) // the connection lives
 }
 
@@ -592,6 +881,32 @@ func TestBrokenWrite(t *testing.T) {
 		wantErr(t, err, tt.err, `write a message of type "read"`)
 		wantErr(t, c.Err(), tt.err, "connection")
 		c.Close()
+	}
+}
+
+// answeredConn fails a Write when the answer to it has been used already.
+type answeredConn struct {
+	io.ReadWriteCloser
+	used chan struct{}
+}
+
+func (a *answeredConn) Write(b []byte) (int, error) {
+	a.ReadWriteCloser.Write(b)
+	<-a.used
+	return 0, syscall.EIO
+}
+
+func TestErrnoAfterAnswer(t *testing.T) {
+	s := xenstoretest.New(t)
+	s.Set("/v", "1")
+	conn := &answeredConn{s.DialConn(dom), make(chan struct{})}
+	c := xenstore.NewClient(conn)
+	defer c.Close()
+	for range 2 {
+		if v, err := c.Read(within(t), "/v"); err != nil || v != "1" {
+			t.Errorf("Read = %q, %v", v, err)
+		}
+		conn.used <- struct{}{}
 	}
 }
 
@@ -617,7 +932,7 @@ func TestStuckWrite(t *testing.T) {
 		synctest.Wait()
 		wg.Go(func() {
 			_, err := c.Read(ctx, "/b")
-			wantErr(t, err, context.DeadlineExceeded, "an earlier request blocks")
+			wantErr(t, err, context.DeadlineExceeded, "read /b: not sent: xenstored has not answered watch /a for 1s")
 		})
 		wg.Wait()
 		wg.Go(func() { _, err := c.Read(t.Context(), "/b"); wantErr(t, err, fs.ErrClosed, "read /b") })

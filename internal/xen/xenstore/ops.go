@@ -129,7 +129,7 @@ func (c *Client) SetPerms(ctx context.Context, path string, perms ...Perm) error
 // Update runs fn in a transaction: what fn does through its Tx happens at once
 // or not at all. When another writer got in between (EAGAIN), fn runs again, up
 // to 32 times. If fn fails the transaction is given up and fn's error returned.
-// If ctx ends during the commit it is not known whether it took place.
+// If ctx ends after the commit was sent it is not known whether it took place.
 func (c *Client) Update(ctx context.Context, fn func(*Tx) error) error {
 	for range maxConflicts {
 		err := c.attempt(ctx, fn)
@@ -143,10 +143,10 @@ func (c *Client) Update(ctx context.Context, fn func(*Tx) error) error {
 var errConflict = errors.New("conflict")
 
 func (c *Client) attempt(ctx context.Context, fn func(*Tx) error) error {
-	payload, err := c.roundTrip(ctx, wire.TransactionStart, 0, wire.Join(""), func(ctx context.Context, payload []byte) {
-		if id, err := parseTx(payload); err == nil {
-			c.endTx(ctx, id, "F") // nobody is left to tell; an answer that never comes shows in the calls
-		}
+	start := wire.Message{Type: wire.TransactionStart, Payload: wire.Join("")}
+	payload, err := c.roundTrip(ctx, start, func(payload []byte) (wire.Message, bool) {
+		id, err := parseTx(payload)
+		return endTx(id, "F"), err == nil
 	})
 	var id uint32
 	if err == nil {
@@ -158,19 +158,18 @@ func (c *Client) attempt(ctx context.Context, fn func(*Tx) error) error {
 	open := true
 	defer func() { // also when fn panics
 		if open {
-			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoLimit)
-			defer cancel()
-			c.endTx(ctx, id, "F") // fn's error is the one to report
+			c.giveBack(endTx(id, "F")) // fn's error is the one to report
 		}
 	}()
 	if err := fn(&Tx{c: c, id: id}); err != nil {
 		return err
 	}
-	if err := ctx.Err(); err != nil {
-		return &Error{Op: wire.TransactionEnd.String(), Err: err}
+	payload, err = c.roundTrip(ctx, endTx(id, "T"), nil)
+	open = errors.Is(err, errNotSent)
+	if err == nil {
+		err = checkOK(payload)
 	}
-	open = false
-	switch err := c.endTx(ctx, id, "T"); {
+	switch {
 	case errors.Is(err, syscall.EAGAIN):
 		return errConflict
 	case err != nil:
@@ -188,13 +187,9 @@ func parseTx(payload []byte) (uint32, error) {
 	return 0, fmt.Errorf("bad transaction id %q in the answer", payload)
 }
 
-// endTx ends a transaction; how is "T" to commit, "F" to give up.
-func (c *Client) endTx(ctx context.Context, id uint32, how string) error {
-	payload, err := c.roundTrip(ctx, wire.TransactionEnd, id, wire.Join(how), nil)
-	if err != nil {
-		return err
-	}
-	return checkOK(payload)
+// endTx is the request that ends a transaction; how is "T" to commit, "F" to give up.
+func endTx(id uint32, how string) wire.Message {
+	return wire.Message{Type: wire.TransactionEnd, TxID: id, Payload: wire.Join(how)}
 }
 
 func checkOK(payload []byte) error {
@@ -208,7 +203,7 @@ func checkOK(payload []byte) error {
 func (t *Tx) request(ctx context.Context, typ wire.Type, path string, payload []byte) ([]byte, error) {
 	err := checkPath(path)
 	if err == nil {
-		payload, err = t.c.roundTrip(ctx, typ, t.id, payload, nil)
+		payload, err = t.c.roundTrip(ctx, wire.Message{Type: typ, TxID: t.id, Payload: payload}, nil)
 	}
 	if err != nil {
 		return nil, &Error{Op: typ.String(), Path: path, Err: err}

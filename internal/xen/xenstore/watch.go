@@ -55,8 +55,8 @@ func (c *Client) Watch(ctx context.Context, path string) (*Watch, error) {
 	c.watches[w.token] = w
 	c.mu.Unlock()
 
-	answer, err := c.roundTrip(ctx, wire.Watch, 0, wire.Join(path, w.token), func(ctx context.Context, _ []byte) {
-		w.unwatch(ctx) // nobody is left to tell; events without a watch are dropped
+	answer, err := c.roundTrip(ctx, w.message(wire.Watch), func([]byte) (wire.Message, bool) {
+		return w.message(wire.Unwatch), true
 	})
 	if err == nil {
 		err = checkOK(answer)
@@ -104,7 +104,8 @@ func (w *Watch) fail(err error) error {
 }
 
 // Close ends the watch and wakes Next with an error that is fs.ErrClosed.
-// It waits for xenstored's answer, 5 seconds at most.
+// It waits for xenstored's answer, 5 seconds at most. If those run out it returns
+// an error, and the end of the watch is still sent when its turn comes.
 func (w *Watch) Close() error {
 	w.closeOnce.Do(func() {
 		close(w.closed)
@@ -114,21 +115,20 @@ func (w *Watch) Close() error {
 			return
 		default:
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), undoLimit)
-		defer cancel()
-		if err := w.unwatch(ctx); err != nil {
+		answer, err := w.c.giveBack(w.message(wire.Unwatch))
+		if err == nil {
+			err = checkOK(answer)
+		}
+		if err != nil {
 			w.closeErr = &Error{Op: wire.Unwatch.String(), Path: w.path, Err: err}
 		}
 	})
 	return w.closeErr
 }
 
-func (w *Watch) unwatch(ctx context.Context) error {
-	answer, err := w.c.roundTrip(ctx, wire.Unwatch, 0, wire.Join(w.path, w.token), nil)
-	if err == nil {
-		err = checkOK(answer)
-	}
-	return err
+// message is the request that begins or ends the watch.
+func (w *Watch) message(typ wire.Type) wire.Message {
+	return wire.Message{Type: typ, Payload: wire.Join(w.path, w.token)}
 }
 
 // forget makes later events of the watch be dropped.
