@@ -678,8 +678,10 @@ func TestOpenReplaced(t *testing.T) {
 			}
 		}
 	})
+	defer swapping.Wait()
+	defer close(quit)
 	opened := 0
-	for end := time.Now().Add(5 * time.Second); opened < 500 && time.Now().Before(end); {
+	for end := time.Now().Add(5 * time.Second); opened < 5000 && time.Now().Before(end); {
 		f, incarnation, err := k.open(hdc)
 		if gone(err) {
 			continue
@@ -694,8 +696,6 @@ func TestOpenReplaced(t *testing.T) {
 		}
 		opened++
 	}
-	close(quit)
-	swapping.Wait()
 	if opened == 0 {
 		t.Error("the disk was never there")
 	}
