@@ -88,7 +88,7 @@ func readDMArgv(ctx context.Context, xs *xenstore.Client, target uint16) ([]stri
 	}
 	dir := vm + "/image/dm-argv"
 	numbers, err := readNumberNames(ctx, xs, dir)
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
 	if len(numbers) == 0 {
