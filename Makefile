@@ -61,16 +61,13 @@ test-integration: deps guest
 	@[ "$$(id -u)" = 0 ] || { echo "make test-integration: needs root (network namespaces, SCHED_FIFO)" >&2; exit 1; }
 	$(GO) test -tags integration -count 1 ./...
 
+# The first suite's tests are seen as they run; the others run beside it and are shown after it.
 test-lab: $(SUITES:%=initrd-%) guest
-	@set -e; for suite in $(SUITES); do \
-		echo "$(GO) test -tags lab -suite $$suite ./test/e2e"; \
-		$(GO) test -tags lab -count 1 -timeout 25m -v ./test/e2e -suite $$suite $(LABFLAGS); \
-	done
+	@$(GO) vet -tags lab ./test/...
+	@scripts/test-lab $(LABFLAGS) -- $(SUITES)
 
 soak: $(SUITES:%=initrd-%) guest
-	@set -e; for suite in $(SUITES); do \
-		$(GO) test -tags lab -count 1 -timeout 5h -v ./test/e2e -suite $$suite $(LABFLAGS) -soak; \
-	done
+	@scripts/test-lab $(LABFLAGS) -soak -- $(SUITES)
 
 check: deps
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$unformatted" ] || { echo "gofmt -w $$unformatted" >&2; exit 1; }
