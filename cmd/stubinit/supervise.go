@@ -50,11 +50,11 @@ func (a *agent) orEnd(err error) error {
 	}
 }
 
-// qemuEnd says how QEMU ended, nil for an end that the guest asked for. It is called after the end.
+// qemuEnd says how QEMU ended, nil for an end that the guest asked for, which no end during the boot is. It is called after the end.
 func (a *agent) qemuEnd() error {
 	a.output.Wait() // its last words
 	exit := a.qemu.Exit()
-	if exit.Success() && a.step.Load() == "running" {
+	if exit.Success() && a.step.Load() == "supervise" {
 		a.log.Info("QEMU ended", "how", exit, "max_rss_kib", exit.MaxRSS)
 		return nil
 	}
@@ -67,6 +67,7 @@ func (a *agent) qemuEnd() error {
 
 // supervise waits for QEMU's end and says how it came.
 func (a *agent) supervise(ctx context.Context) error {
+	a.step.Store("supervise")
 	for {
 		select {
 		case err := <-a.failed:

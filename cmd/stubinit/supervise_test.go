@@ -1,0 +1,200 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/stubinit/stubinit/internal/qemu"
+)
+
+// startScript starts a shell script in QEMU's place. It waits for a byte on descriptor 3 first: begin gives it.
+func startScript(t *testing.T, a *agent, script string) (begin func()) {
+	t.Helper()
+	out, err := a.openOutput()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var fds [2]int // not os.Pipe's, which do not block
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	r, w := os.NewFile(uintptr(fds[0]), "begin"), os.NewFile(uintptr(fds[1]), "begin")
+	reaper := qemu.NewReaper(nil)
+	a.qemu, err = reaper.Start(&qemu.Command{Path: "/bin/sh", Argv: []string{"sh", "-c", "read x <&3; " + script}, Files: []*os.File{r}}, qemu.Stdio{Out: out, Err: out})
+	out.Close()
+	r.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	begun := false
+	begin = func() {
+		if !begun {
+			begun = true
+			w.WriteString("\n")
+			w.Close()
+		}
+	}
+	t.Cleanup(func() {
+		begin()
+		select {
+		case <-a.qemu.Done():
+		case <-time.After(waitLimit):
+			t.Errorf("%q does not end", script)
+		}
+		a.output.Wait()
+		reaper.Close()
+	})
+	return begin
+}
+
+func TestQEMUEnd(t *testing.T) {
+	for _, tt := range []struct {
+		name, step, script string
+		want               string // "" is an ordinary end
+	}{
+		{"the guest has shut down", "supervise", "exit 0", ""},
+		{"during the boot", "running", "exit 0", "QEMU ended: exit status 0"},
+		{"says why", "monitor", "echo first; echo qemu: no such device >&2; exit 1", "QEMU ended: exit status 1: its last line: qemu: no such device"},
+		{"without a line end", "supervise", "printf 'cut o'; exit 3", "QEMU ended: exit status 3: its last line: cut o"},
+		{"killed", "supervise", "kill -9 $$", "QEMU ended: killed by SIGKILL"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			a := newTestAgent(t)
+			log := a.logTo(t)
+			a.step.Store(tt.step)
+			startScript(t, a, tt.script)()
+			<-a.qemu.Done()
+			err := a.qemuEnd()
+			switch {
+			case tt.want == "" && err != nil:
+				t.Errorf("an ordinary end is %v", err)
+			case tt.want == "" && !strings.Contains(log.String(), `msg="QEMU ended" how="exit status 0" max_rss_kib=`):
+				t.Errorf("log:\n%s", log)
+			case tt.want != "" && (err == nil || err.Error() != tt.want):
+				t.Errorf("%v, want %s", err, tt.want)
+			}
+		})
+	}
+}
+
+// A broken connection is QEMU's end if that comes soon after it, else what it says.
+func TestOrEnd(t *testing.T) {
+	broken := errors.New("connection closed")
+	t.Run("dies", func(t *testing.T) {
+		a := newTestAgent(t)
+		a.step.Store("monitor")
+		begin := startScript(t, a, "sleep 0.1; exit 7")
+		begin()
+		if err := a.orEnd(broken); err == nil || err.Error() != "QEMU ended: exit status 7" {
+			t.Errorf("%v, want QEMU's end", err)
+		}
+	})
+	t.Run("lives", func(t *testing.T) {
+		a := newTestAgent(t)
+		startScript(t, a, "exit 0")
+		if err := a.orEnd(broken); !errors.Is(err, broken) {
+			t.Errorf("%v, want %v", err, broken)
+		}
+	})
+}
+
+func TestWhileQEMU(t *testing.T) {
+	a := newTestAgent(t)
+	begin := startScript(t, a, "exit 0")
+
+	ctx, cancel := a.whileQEMU(t.Context(), time.Millisecond)
+	<-ctx.Done()
+	if err := context.Cause(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("past the limit: %v", err)
+	}
+	cancel()
+
+	ctx, cancel = a.whileQEMU(t.Context(), waitLimit)
+	if err := ctx.Err(); err != nil {
+		t.Errorf("QEMU runs: %v", err)
+	}
+	begin()
+	<-ctx.Done()
+	if err := context.Cause(ctx); !errors.Is(err, errQEMUEnded) {
+		t.Errorf("QEMU has ended: %v", err)
+	}
+	cancel()
+}
+
+// The end of a service is logged and the guest goes on; QEMU's end is the agent's.
+func TestSupervise(t *testing.T) {
+	for _, tt := range []struct{ script, want string }{
+		{"exit 0", ""},
+		{"exit 2", "FATAL supervise: QEMU ended: exit status 2: QEMU's own messages stand above, as lines \"qemu\""},
+	} {
+		t.Run(tt.script, func(t *testing.T) {
+			a := newTestAgent(t)
+			log := a.logTo(t)
+			begin := startScript(t, a, tt.script)
+			a.failed <- errors.New("removable disks: uevents: broken")
+			ended := make(chan error)
+			go func() { ended <- a.supervise(t.Context()) }()
+			for end := time.Now().Add(waitLimit); len(a.failed) > 0 && time.Now().Before(end); {
+				time.Sleep(time.Millisecond)
+			}
+			begin()
+			switch err := <-ended; {
+			case tt.want == "" && err != nil:
+				t.Errorf("an ordinary end is %v", err)
+			case tt.want != "" && (err == nil || err.Error() != tt.want):
+				t.Errorf("%v, want %s", err, tt.want)
+			}
+			if want := `err="removable disks: uevents: broken"`; !strings.Contains(log.String(), want) {
+				t.Errorf("log lacks %s:\n%s", want, log)
+			}
+		})
+	}
+}
+
+// A boot that failed is said, and takes QEMU with it.
+func TestFatalKillsQEMU(t *testing.T) {
+	a := newTestAgent(t)
+	log := a.logTo(t)
+	startScript(t, a, "exit 0")
+	a.fatal(t.Context(), &stepError{"monitor", errors.New("no greeting")})
+	select {
+	case <-a.qemu.Done():
+	case <-time.After(waitLimit):
+		t.Fatal("QEMU lives on")
+	}
+	if got := a.qemu.Exit().String(); got != "killed by SIGKILL" {
+		t.Errorf("QEMU: %s", got)
+	}
+	if !strings.Contains(log.String(), `msg="FATAL monitor: no greeting"`) {
+		t.Errorf("log:\n%s", log)
+	}
+}
+
+// Whoever looks with xenstore-ls finds phase and error below device-model.
+func TestPublish(t *testing.T) {
+	a := newTestAgent(t)
+	log := a.logTo(t)
+	s := storeOf(t, libxlNodes())
+	a.xs = s.Dial(testSelf)
+	a.publishPhase(t.Context(), "mounts") // nothing is known yet: no node
+	a.cfg = libxlConfig()
+	a.publishPhase(t.Context(), "network")
+	a.publish(t.Context(), "error", "FATAL network: no bridge")
+	const dir = "/local/domain/6/device-model/5/stubinit"
+	for path, want := range map[string]string{dir + "/phase": "network", dir + "/error": "FATAL network: no bridge"} {
+		if got, _ := s.Get(path); got != want {
+			t.Errorf("%s is %q, want %q", path, got, want)
+		}
+	}
+	s.Hangup(testSelf)
+	a.publish(t.Context(), "error", "x")
+	if !strings.Contains(log.String(), `msg="not published" node=error`) {
+		t.Errorf("log:\n%s", log)
+	}
+}
