@@ -35,6 +35,16 @@ type stateSaver struct {
 	log *slog.Logger
 
 	state *os.File // the memfd behind fdset 1, for reading; nil when a save has used it
+
+	// Console 1 and its ring; nil is the real one. Tests have others.
+	openOut func() (io.WriteCloser, error)
+	mapRing func(ref uint32) (ringFrame, error)
+}
+
+// A ringFrame is a *frame.Frame.
+type ringFrame interface {
+	Uint32(offset int) uint32
+	Close() error
 }
 
 // register gives QEMU an empty file as fdset 1.
@@ -63,6 +73,7 @@ func (s *stateSaver) register(ctx context.Context) error {
 // unregister takes fdset 1 back, with the memory behind it.
 func (s *stateSaver) unregister(ctx context.Context) error {
 	if s.state != nil {
+		_ = s.state.Truncate(0) // before 9.1, QEMU keeps a removed descriptor while the guest is stopped
 		s.state.Close()
 		s.state = nil
 	}
@@ -116,7 +127,11 @@ func (s *stateSaver) copy(ctx context.Context) (int64, error) {
 		return 0, err
 	}
 	defer ring.close()
-	out, err := console.OpenRaw(stateConsole, os.O_WRONLY)
+	openOut := s.openOut
+	if openOut == nil {
+		openOut = func() (io.WriteCloser, error) { return console.OpenRaw(stateConsole, os.O_WRONLY) }
+	}
+	out, err := openOut()
 	if err != nil {
 		return 0, err
 	}
@@ -136,7 +151,7 @@ func (s *stateSaver) copy(ctx context.Context) (int64, error) {
 
 // An outRing is console 1's ring, seen from outside.
 type outRing struct {
-	frame *frame.Frame
+	frame ringFrame
 }
 
 // outRing finds console 1's ring, and an error if nobody reads it: a write to a full ring stops the stubdomain.
@@ -160,7 +175,11 @@ func (s *stateSaver) outRing(ctx context.Context) (*outRing, error) {
 	if err != nil {
 		return nil, fmt.Errorf("xenstore device/console/1/ring-ref: %q is not a grant reference", ref)
 	}
-	f, err := frame.MapGranted(uint32(gref), toolstackDomain)
+	mapRing := s.mapRing
+	if mapRing == nil {
+		mapRing = func(ref uint32) (ringFrame, error) { return frame.MapGranted(ref, toolstackDomain) }
+	}
+	f, err := mapRing(uint32(gref))
 	if err != nil {
 		return nil, err
 	}
