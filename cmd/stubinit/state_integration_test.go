@@ -70,13 +70,13 @@ func TestSaveRealQEMU(t *testing.T) {
 		if _, err := io.Copy(saved, io.NewSectionReader(s.state, 0, 1<<30)); err != nil {
 			t.Fatal(err)
 		}
-		c.Reset()
+		c.out.Reset()
 		if err := s.Commit(ctx); err != nil {
 			t.Fatalf("save %d: %v", i, err)
 		}
 		// QEMU_VM_FILE_MAGIC, migration/qemu-file.h.
-		if !bytes.HasPrefix(c.Bytes(), []byte("QEVM")) || !bytes.Equal(c.Bytes(), saved.Bytes()) {
-			t.Errorf("save %d: %d bytes on console 1, %d saved, start %q", i, c.Len(), saved.Len(), c.Bytes()[:min(8, c.Len())])
+		if !bytes.HasPrefix(c.out.Bytes(), []byte("QEVM")) || !bytes.Equal(c.out.Bytes(), saved.Bytes()) {
+			t.Errorf("save %d: %d bytes on console 1, %d saved, start %q", i, c.out.Len(), saved.Len(), c.out.Bytes()[:min(8, c.out.Len())])
 		}
 	}
 	if err := s.Abort(ctx, io.ErrUnexpectedEOF); err != nil {

@@ -212,19 +212,26 @@ func (q *fakeQEMU) takeCalls() []string {
 	return calls
 }
 
-// A fakeConsole is console 1 with its ring: what is written waits in the ring until dom0 has looked a few times.
+// A fakeConsole is console 1 with its ring, and dom0, which takes a few bytes each time that somebody looks at its index.
 type fakeConsole struct {
-	bytes.Buffer
-	looks      int // that find the ring not empty; -1: all
-	open       int // descriptors and mappings
+	t          *testing.T
+	out        bytes.Buffer
+	cons, prod uint32
+	pace       uint32 // bytes that dom0 takes at once; 0: it does not read
+	open       int    // descriptors and mappings
 	writeError error
 }
 
+// Write takes no more than there is room for: the kernel would spin.
 func (c *fakeConsole) Write(p []byte) (int, error) {
 	if c.writeError != nil {
 		return 0, c.writeError
 	}
-	return c.Buffer.Write(p)
+	if free := 2048 - (c.prod - c.cons); uint32(len(p)) > free {
+		c.t.Errorf("a write of %d bytes into a ring with room for %d", len(p), free)
+	}
+	c.prod += uint32(len(p))
+	return c.out.Write(p)
 }
 
 func (c *fakeConsole) Close() error { c.open--; return nil }
@@ -234,15 +241,11 @@ type fakeRing struct{ c *fakeConsole }
 func (r fakeRing) Uint32(offset int) uint32 {
 	switch offset {
 	case outProd:
-		return 0x10
+		return r.c.prod
 	case outCons:
-		if r.c.looks == 0 {
-			return 0x10
-		}
-		if r.c.looks > 0 {
-			r.c.looks--
-		}
-		return 0xfffffff0
+		cons := r.c.cons
+		r.c.cons += min(r.c.pace, r.c.prod-r.c.cons)
+		return cons
 	}
 	panic("not an index of the output ring")
 }
@@ -259,7 +262,8 @@ func newSaver(t *testing.T) (*stateSaver, *fakeQEMU, *fakeConsole, *xenstoretest
 		"/local/domain/0/backend/console/6/1/state":    "4",
 		"/local/domain/0/backend/console/6/1/protocol": "vt100",
 	})
-	log, c := new(logBuffer), new(fakeConsole)
+	const nearWrap = 0xfffffff0
+	log, c := new(logBuffer), &fakeConsole{t: t, cons: nearWrap, prod: nearWrap, pace: 700}
 	s := &stateSaver{qmp: m, xs: store.Dial(testSelf), log: slog.New(slog.NewTextHandler(log, nil))}
 	s.openOut = func() (io.WriteCloser, error) { c.open++; return c, nil }
 	s.mapRing = func(ref uint32) (ringFrame, error) {
@@ -318,16 +322,15 @@ func TestSave(t *testing.T) {
 			t.Errorf("commands of Prepare (-want +got):\n%s", d)
 		}
 		q.save(t, everyByte(size))
-		c.Reset()
-		c.looks = 3 // indices wrap, and dom0 is not done at once
+		c.out.Reset()
 		if err := s.Commit(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if c.looks != 0 {
-			t.Error("Commit returned before dom0 had taken the last byte")
+		if c.cons != c.prod {
+			t.Errorf("Commit returned with %d bytes that dom0 had not taken", c.prod-c.cons)
 		}
-		if !bytes.Equal(c.Bytes(), everyByte(size)) {
-			t.Errorf("%d bytes came out as %d others", size, c.Len())
+		if !bytes.Equal(c.out.Bytes(), everyByte(size)) {
+			t.Errorf("%d bytes came out as %d others", size, c.out.Len())
 		}
 		if d := cmp.Diff([]string{"remove-fd", "add-fd"}, q.takeCalls()); d != "" {
 			t.Errorf("commands of Commit (-want +got):\n%s", d)
@@ -372,7 +375,8 @@ func TestSaveFails(t *testing.T) {
 			s.openOut = func() (io.WriteCloser, error) { return nil, errors.New("no such console") }
 		}, "no such console"},
 		{"write fails", "x", func(_ *stateSaver, c *fakeConsole, _ *xenstoretest.Server) { c.writeError = unix.EIO }, "copy the state to console 1: "},
-		{"never drained", "x", func(_ *stateSaver, c *fakeConsole, _ *xenstoretest.Server) { c.looks = -1 }, "dom0 did not read the end of the state"},
+		{"never drained", "x", func(_ *stateSaver, c *fakeConsole, _ *xenstoretest.Server) { c.pace = 0 }, "dom0 did not read the end of the state"},
+		{"full for ever", strings.Repeat("x", 5000), func(_ *stateSaver, c *fakeConsole, _ *xenstoretest.Server) { c.pace = 0 }, "copy the state to console 1: context deadline exceeded"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s, q, c, store, log := newSaver(t)
