@@ -71,7 +71,11 @@ func (a *agent) supervise(ctx context.Context) error {
 	for {
 		select {
 		case err := <-a.failed:
-			a.log.Error("a service has ended; the guest goes on without it", "err", err)
+			select {
+			case <-a.qemu.Done(): // which ends its monitors first
+			case <-time.After(deathNotice):
+				a.log.Error("a service has ended; the guest goes on without it", "err", err)
+			}
 		case <-a.qemu.Done():
 			if err := a.qemuEnd(); err != nil {
 				return &stepError{"supervise", err}
