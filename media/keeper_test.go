@@ -229,7 +229,7 @@ func (b *bench) disk(devid int, medium string) {
 	b.must(err)
 	b.seq++
 	b.must(os.MkdirAll(filepath.Join(b.dir, "sys/block", name), 0o755))
-	b.must(os.WriteFile(filepath.Join(b.dir, "sys/block", name, "diskseq"), fmt.Appendln(nil, b.seq), 0o444))
+	b.must(os.WriteFile(filepath.Join(b.dir, "sys/block", name, "diskseq"), fmt.Appendln(nil, b.seq), 0o644))
 	b.must(os.WriteFile(filepath.Join(b.dir, "dev", name), []byte(medium), 0o600))
 }
 
@@ -631,7 +631,11 @@ func TestVanishes(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			b := newBench(t)
 			b.attachQuietly(hdc, "one")
-			once := sync.OnceFunc(func() { b.disk(hdc, "two") })
+			once := sync.OnceFunc(func() { // in the keeper's goroutine
+				if err := errors.Join(os.WriteFile(b.dir+"/sys/block/xvdc/diskseq", []byte("99\n"), 0o644), os.WriteFile(b.dir+"/dev/xvdc", []byte("two"), 0o600)); err != nil {
+					t.Error(err)
+				}
+			})
 			b.qemu.before = func(name string) {
 				if name == "query-fdsets" {
 					once()
