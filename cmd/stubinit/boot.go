@@ -156,7 +156,7 @@ func (a *agent) mountsStep(context.Context) error {
 	if err := mountAll(); err != nil {
 		return err
 	}
-	if err := allowOvercommit(); err != nil {
+	if err := setSysctls(); err != nil {
 		return err
 	}
 	text, err := os.ReadFile("/proc/cmdline")
@@ -399,6 +399,9 @@ func (a *agent) qemuStep(context.Context) error {
 	if a.qemu, err = a.reaper.Start(cmd, qemu.Stdio{Out: out, Err: out}); err != nil {
 		return err
 	}
+	if a.params.shell {
+		a.startShell()
+	}
 	a.log.Info("QEMU started", "pid", a.qemu.PID(), "path", binary, "version", features.Version)
 	// When memory runs out the kernel shall take QEMU, not PID 1.
 	if err := a.qemu.SetOOMScoreAdj(1000); err != nil && !errors.Is(err, os.ErrProcessDone) {
@@ -490,6 +493,10 @@ func (a *agent) bridgeStep(ctx context.Context) error {
 		})
 	})
 	a.service(ctx, "removable disks", func(ctx context.Context) error { return a.media.Run(ctx, a.monitor) })
+	if w := a.newStuckWatch(); w != nil {
+		a.service(ctx, "watch over QEMU", w.run)
+	}
+	a.service(ctx, "memory pressure", a.followPressure)
 	a.service(ctx, "QEMU's events", func(ctx context.Context) error { return a.followEvents(ctx, events) })
 	return nil
 }

@@ -61,14 +61,8 @@ const (
 
 // end says the last words and powers off.
 func end(a *agent, err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), lastWordsLimit)
-	defer cancel()
 	if err != nil {
-		a.fatal(ctx, err)
-	}
-	if a.hvc != nil {
-		a.hvc.AllowLastWords(lastWordsBytes)
-		a.console.Kick()
+		a.fatal(err)
 	}
 	if a.params.keep {
 		a.log.Info("stubinit.keep: not powering off")
@@ -77,6 +71,8 @@ func end(a *agent, err error) {
 		}
 	}
 	a.log.Info("power off")
+	ctx, cancel := context.WithTimeout(context.Background(), lastWordsLimit)
+	defer cancel()
 	_ = a.console.Flush(ctx)
 	unix.Sync()
 	for {

@@ -58,9 +58,23 @@ func checkUnpacked(root string) error {
 	return nil
 }
 
-// allowOvercommit lets QEMU reserve the table of its map cache, 384 MiB of
-// which it touches a few pages (QEMU hw/xen/xen-mapcache.c): by default the kernel refuses a single
-// allocation that is larger than all memory.
-func allowOvercommit() error {
-	return os.WriteFile("/proc/sys/vm/overcommit_memory", []byte("1"), 0)
+// sysctls are set before anything else runs. Kernels without one of them do without.
+var sysctls = []struct{ path, value string }{
+	// QEMU reserves the table of its map cache, 384 MiB of which it touches a few
+	// pages (QEMU hw/xen/xen-mapcache.c); by default the kernel refuses a single allocation that is larger than all memory.
+	{"/proc/sys/vm/overcommit_memory", "1"},
+	// A QEMU that was taken over learns no kernel addresses, as root neither.
+	{"/proc/sys/kernel/kptr_restrict", "2"},
+	{"/proc/sys/kernel/dmesg_restrict", "1"},
+	{"/proc/sys/kernel/perf_event_paranoid", "3"},
+	{"/proc/sys/kernel/unprivileged_bpf_disabled", "2"},
+}
+
+func setSysctls() error {
+	for _, s := range sysctls {
+		if err := os.WriteFile(s.path, []byte(s.value), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -33,6 +34,8 @@ type stateSaver struct {
 	qmp *qmp.Monitor
 	xs  *xenstore.Client
 	log *slog.Logger
+
+	saving atomic.Bool // from Prepare to the end of Commit or Abort
 
 	state *os.File // the memfd behind fdset 1, for reading; nil when a save has used it
 
@@ -87,6 +90,7 @@ func (s *stateSaver) unregister(ctx context.Context) error {
 
 // Prepare makes sure that fdset 1 is an empty file.
 func (s *stateSaver) Prepare(ctx context.Context) error {
+	s.saving.Store(true)
 	if err := s.unregister(ctx); err != nil {
 		return err
 	}
@@ -95,6 +99,7 @@ func (s *stateSaver) Prepare(ctx context.Context) error {
 
 // Commit copies the state to console 1. The memory is given back whatever comes.
 func (s *stateSaver) Commit(ctx context.Context) error {
+	defer s.saving.Store(false)
 	start := time.Now()
 	n, err := s.copy(ctx)
 	if e := s.unregister(ctx); err == nil {
@@ -113,6 +118,7 @@ func (s *stateSaver) Commit(ctx context.Context) error {
 
 // Abort drops the state and lets the guest go on.
 func (s *stateSaver) Abort(ctx context.Context, cause error) error {
+	defer s.saving.Store(false)
 	s.log.Error("save failed; the guest goes on", "err", cause)
 	err := s.Prepare(ctx)
 	if _, e := s.qmp.Execute(ctx, "cont", nil); err == nil {
@@ -139,14 +145,14 @@ func (s *stateSaver) copy(ctx context.Context) (int64, error) {
 	if _, err := s.state.Seek(0, io.SeekStart); err != nil {
 		return 0, err
 	}
-	n, err := io.CopyBuffer(struct{ io.Writer }{out}, struct{ io.Reader }{s.state}, make([]byte, 64<<10))
+	n, err := ring.send(ctx, out, s.state)
+	if n > 0 && err == nil {
+		return n, ring.drained(ctx)
+	}
 	if err != nil {
 		return n, fmt.Errorf("copy the state to console 1: %w", err)
 	}
-	if n == 0 {
-		return 0, errors.New("QEMU saved an empty state")
-	}
-	return n, ring.drained(ctx)
+	return 0, errors.New("QEMU saved an empty state")
 }
 
 // An outRing is console 1's ring, seen from outside.
@@ -188,16 +194,70 @@ func (s *stateSaver) outRing(ctx context.Context) (*outRing, error) {
 
 func (r *outRing) close() { r.frame.Close() }
 
+const (
+	ringBytes = 2048 // struct xencons_interface.out
+
+	// A ring that is full is looked at again after firstLook, then after twice as long each time, at most lastLook:
+	// Linux has no event for it.
+	firstLook = 50 * time.Microsecond
+	lastLook  = 10 * time.Millisecond
+
+	// stallLimit is how long dom0 may leave the ring as it is.
+	stallLimit = 30 * time.Second
+)
+
+// send writes the state, never more at once than the ring has room for: the
+// kernel would spin with interrupts off for the rest, and with it the whole stubdomain.
+func (r *outRing) send(ctx context.Context, out io.Writer, state io.Reader) (n int64, err error) {
+	buf := make([]byte, ringBytes)
+	for {
+		free, err := r.room(ctx, ringBytes/2)
+		if err != nil {
+			return n, err
+		}
+		m, err := state.Read(buf[:free])
+		if m > 0 {
+			if _, err := out.Write(buf[:m]); err != nil {
+				return n, err
+			}
+			n += int64(m)
+		}
+		if err == io.EOF {
+			return n, nil
+		}
+		if err != nil {
+			return n, err
+		}
+	}
+}
+
 // drained waits until dom0 has taken everything out of the ring.
 func (r *outRing) drained(ctx context.Context) error {
-	for wait := time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
-		if r.frame.Uint32(outCons) == r.frame.Uint32(outProd) {
-			return nil
+	if _, err := r.room(ctx, ringBytes); err != nil {
+		return fmt.Errorf("console 1: dom0 did not read the end of the state: %w", err)
+	}
+	return nil
+}
+
+// room waits until at least so many bytes of the ring are free, and returns how many are.
+func (r *outRing) room(ctx context.Context, want int) (int, error) {
+	last, since := -1, time.Now()
+	for look := firstLook; ; look = min(2*look, lastLook) {
+		free := console.RingFree(r.frame.Uint32(outCons), r.frame.Uint32(outProd))
+		if free >= want {
+			return free, nil
 		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("console 1: dom0 did not read the end of the state: %w", ctx.Err())
-		case <-time.After(wait):
+		if err := ctx.Err(); err != nil {
+			return 0, context.Cause(ctx)
 		}
+		if free != last {
+			last, since, look = free, time.Now(), firstLook
+		}
+		if time.Since(since) > stallLimit {
+			return 0, fmt.Errorf("dom0 has not read it for %v", stallLimit)
+		}
+		// Not time.Sleep, which sleeps a millisecond at least: at 1 KiB a look that would be the throughput.
+		ts := unix.NsecToTimespec(look.Nanoseconds())
+		_ = unix.Nanosleep(&ts, nil)
 	}
 }

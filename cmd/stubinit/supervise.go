@@ -62,7 +62,12 @@ func (a *agent) qemuEnd() error {
 	if lines := a.tail.Lines(); len(lines) > 0 {
 		said = ": its last line: " + lines[len(lines)-1]
 	}
-	return hint(fmt.Errorf("QEMU ended: %v%s", exit, said), "QEMU's own messages stand above, as lines \"qemu\"")
+	err := fmt.Errorf("QEMU ended: %v%s", exit, said)
+	if exit.Signal == syscall.SIGKILL && oomKills() > 0 {
+		a.logMemory()
+		return hint(fmt.Errorf("%w: the kernel ran out of memory while QEMU used %d MiB", err, exit.MaxRSS>>10), "raise stubdomain_memory in xl.cfg")
+	}
+	return hint(err, "QEMU's own messages stand above, as lines \"qemu\"")
 }
 
 // supervise waits for QEMU's end and says how it came.
@@ -80,6 +85,7 @@ func (a *agent) supervise(ctx context.Context) error {
 			if err := a.qemuEnd(); err != nil {
 				return &stepError{"supervise", err}
 			}
+			a.shutDownGuest(privcmd.Poweroff)
 			return nil
 		}
 	}
@@ -100,22 +106,38 @@ func (a *agent) followEvents(ctx context.Context, events <-chan qmp.Event) error
 	return a.monitor.Err()
 }
 
-// fatal says why the stubdomain ends: on console 0 and in xenstore. The guest cannot
-// go on without its device model: it is shut down with reason crash, so that its on_crash applies.
-func (a *agent) fatal(ctx context.Context, err error) {
+// Limits of the parting words: the guest waits for its shutdown meanwhile.
+const partingLimit = 500 * time.Millisecond
+
+// fatal says why the stubdomain ends: on console 0, and in xenstore's error node.
+// The guest cannot go on without its device model, and nothing in libxl notices: it is shut down with reason crash, so
+// that its on_crash applies. That makes xl destroy this domain too, so the words come first.
+func (a *agent) fatal(err error) {
 	a.log.Error(err.Error())
+	ctx, cancel := context.WithTimeout(context.Background(), partingLimit)
+	defer cancel()
 	a.publish(ctx, "error", err.Error())
+	if a.hvc != nil {
+		a.hvc.AllowLastWords(lastWordsBytes)
+		a.console.Kick()
+	}
+	_ = a.console.Flush(ctx)
 	if a.qemu != nil {
 		_ = a.qemu.Kill(syscall.SIGKILL)
 	}
+	a.shutDownGuest(privcmd.Crash)
+}
+
+// shutDownGuest ends the target. A guest that has ended by itself keeps its own reason.
+func (a *agent) shutDownGuest(reason privcmd.Reason) {
 	if a.cfg == nil {
 		return
 	}
-	if err := privcmd.RemoteShutdown(a.cfg.target, privcmd.Crash); err != nil {
-		a.log.Error("the guest could not be shut down and will hang: destroy it", "domid", a.cfg.target, "err", err)
+	if err := privcmd.RemoteShutdown(a.cfg.target, reason); err != nil {
+		a.log.Error("the guest could not be shut down and hangs: destroy it with xl destroy", "domid", a.cfg.target, "err", err)
 		return
 	}
-	a.log.Info("guest shut down with reason crash", "domid", a.cfg.target)
+	a.log.Info("guest shut down", "domid", a.cfg.target, "reason", reason)
 }
 
 // publish writes a node of device-model/<g>/stubinit, for whoever looks with xenstore-ls.

@@ -183,7 +183,7 @@ func TestFatalKillsQEMU(t *testing.T) {
 	a := newTestAgent(t)
 	log := a.logTo(t)
 	startScript(t, a, "exit 0")
-	a.fatal(t.Context(), &stepError{"monitor", errors.New("no greeting")})
+	a.fatal(&stepError{"monitor", errors.New("no greeting")})
 	select {
 	case <-a.qemu.Done():
 	case <-time.After(waitLimit):
