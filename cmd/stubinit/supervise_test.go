@@ -76,7 +76,7 @@ func TestQEMUEnd(t *testing.T) {
 				t.Errorf("an ordinary end is %v", err)
 			case tt.want == "" && !strings.Contains(log.String(), `msg="QEMU ended" how="exit status 0" max_rss_kib=`):
 				t.Errorf("log:\n%s", log)
-			case tt.want != "" && (err == nil || err.Error() != tt.want):
+			case tt.want != "" && (err == nil || !strings.HasPrefix(err.Error(), tt.want)): // after SIGKILL the memory of this machine may be blamed
 				t.Errorf("%v, want %s", err, tt.want)
 			}
 		})
