@@ -23,7 +23,7 @@ func TestStuckWatch(t *testing.T) {
 	}{
 		{"well", []time.Duration{0, time.Second, 29 * time.Second}, false, true, nil, 0},
 		{"stuck", []time.Duration{0, time.Hour, time.Hour, 0}, false, false,
-			[]string{"QEMU is stuck", "State: D", "left alone", "QEMU answers again after=1m30s"}, 0},
+			[]string{"QEMU is stuck", "State: D", "left alone", "QEMU answers again after=2m0s"}, 0},
 		{"killed", []time.Duration{time.Hour}, false, true, []string{"QEMU is stuck", "State: D", "killing QEMU"}, 1},
 		{"saving", []time.Duration{time.Hour, 0}, true, true, nil, 0},
 	} {

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"sync"
 	"syscall"
 	"time"
 
@@ -91,17 +93,31 @@ func (a *agent) supervise(ctx context.Context) error {
 	}
 }
 
-// followEvents takes QEMU's events: an unplugged NIC's links go.
+// followEvents takes QEMU's events: an unplugged NIC's links go. Each NIC has a goroutine, as a backend that does not answer takes
+// netup.Options.Limit; all have ended when it returns.
 func (a *agent) followEvents(ctx context.Context, events <-chan qmp.Event) error {
+	var unplugs sync.WaitGroup
+	defer unplugs.Wait()
 	for e := range events {
 		a.log.Debug("QEMU event", "event", e.Event, "data", e.Data)
 		if e.Event != "DEVICE_DELETED" {
 			continue
 		}
 		id, _ := e.Data["device"].(string)
-		if err := a.net.Unplug(ctx, id); err != nil && !errors.Is(err, netup.ErrNoNIC) {
-			a.log.Error("unplugged NIC: its vif stays", "device", id, "err", err)
+		i := slices.IndexFunc(a.nics, func(n netup.NIC) bool { return id != "" && n.ID == id })
+		if i < 0 {
+			continue
 		}
+		unplugs.Go(func() {
+			start := time.Now()
+			// The netdev outlives its device, and QEMU keeps the tap open for it.
+			_, err := a.monitor.Execute(ctx, "netdev_del", map[string]string{"id": a.nics[i].Netdev})
+			if err = errors.Join(err, a.net.Unplug(ctx, id)); err != nil {
+				a.log.Error("unplugged NIC: something of it stays", "nic", id, "err", err)
+				return
+			}
+			a.log.Info("NIC unplugged; its vif, bridge and tap are gone", "nic", id, "took", time.Since(start).Round(time.Millisecond))
+		})
 	}
 	return a.monitor.Err()
 }
