@@ -80,6 +80,8 @@ type agent struct {
 	// console
 	xs  *xenstore.Client
 	hvc *console.HVC
+	// modules
+	ring *frame.Frame // console 0's; nil if it cannot be seen
 	// config
 	cfg *config
 	// network
@@ -129,7 +131,7 @@ func newAgent() *agent {
 	return a
 }
 
-// runStep runs one step and logs how long it took. A panic in it is its error.
+// runStep runs one step and logs how long it took.
 func (a *agent) runStep(ctx context.Context, s step) (err error) {
 	a.step.Store(s.name)
 	a.publishPhase(ctx, s.name)
@@ -263,6 +265,7 @@ func (a *agent) watchRing(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	a.ring = f
 	a.hvc.SetFree(func() int { return console.RingFree(f.Uint32(outCons), f.Uint32(outProd)) })
 	a.console.Kick()
 	return nil
@@ -470,7 +473,7 @@ func (a *agent) monitorStep(ctx context.Context) error {
 	}
 	v := a.monitor.Version()
 	a.log.Debug("monitor connected", "qemu", fmt.Sprintf("%d.%d.%d", v.QEMU.Major, v.QEMU.Minor, v.QEMU.Micro))
-	a.state = &stateSaver{qmp: a.monitor, xs: a.xs, log: a.log}
+	a.state = &stateSaver{qmp: a.monitor, xs: a.xs, log: a.log, pid: a.qemu.PID(), settle: a.settle}
 	if err := a.state.register(ctx); err != nil {
 		return a.orEnd(err)
 	}

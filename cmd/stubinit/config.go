@@ -100,6 +100,9 @@ func readDMArgv(ctx context.Context, xs *xenstore.Client, target uint16) ([]stri
 	}
 	args := make([]string, len(numbers))
 	for i, n := range numbers {
+		if n.number != i+1 {
+			return nil, fmt.Errorf("xenstore %s: argument %03d is missing", dir, i+1)
+		}
 		path := dir + "/" + n.name
 		if args[i], err = xs.Read(ctx, path); err != nil {
 			return nil, err

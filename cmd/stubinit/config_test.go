@@ -108,8 +108,8 @@ func TestReadConfig(t *testing.T) {
 					{ID: 10, MAC: net.HardwareAddr{0, 0x16, 0x3e, 0, 0, 10}, Backend: "/b10"},
 				}
 			})},
-		{"arguments without leading zeros", with(without(libxlNodes(), testVM+"/image/dm-argv"), testVM+"/image/dm-argv/10", "ten", testVM+"/image/dm-argv/9", "nine"),
-			changed(func(c *config) { c.dmArgv = []string{"nine", "ten"} })},
+		{"arguments without leading zeros", with(without(libxlNodes(), testVM+"/image/dm-argv"), testVM+"/image/dm-argv/2", "two", testVM+"/image/dm-argv/1", "one"),
+			changed(func(c *config) { c.dmArgv = []string{"one", "two"} })},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := readConfig(t.Context(), storeOf(t, tt.nodes).Dial(testSelf))
@@ -152,6 +152,7 @@ func TestReadConfigErrors(t *testing.T) {
 		{"vm elsewhere", with(libxlNodes(), "/local/domain/5/vm", "/local/domain/5"), `xenstore /local/domain/5/vm: "/local/domain/5" does not start with /vm/`, ""},
 		{"no arguments", without(libxlNodes(), argv), argv, "qemu-xen-traditional"},
 		{"empty folder of arguments", with(without(libxlNodes(), argv), argv, ""), argv, "qemu-xen-traditional"},
+		{"an argument is missing", without(libxlNodes(), argv+"/002"), `xenstore ` + argv + `: argument 002 is missing`, ""},
 		{"argument without a number", with(libxlNodes(), argv+"/first", "x"), `xenstore ` + argv + `/first: "first" is not a number`, ""},
 		{"argument twice", with(libxlNodes(), argv+"/1", "x"), "are the same number", ""},
 		{"too many arguments", many, "xenstore " + argv + ": 1000 arguments, more than 999", ""},

@@ -20,7 +20,10 @@ import (
 // libxl_dm.c writes them inside longer arguments ("file=/dev/xvda,if=ide,…").
 func neededDevices(dmArgv []string) []string {
 	var need []string
-	for _, arg := range dmArgv {
+	for i, arg := range dmArgv {
+		if i > 0 && dmArgv[i-1] == "-name" {
+			continue // the guest's, which may hold anything
+		}
 		for rest := arg; ; {
 			i := strings.Index(rest, "/dev/")
 			if i < 0 {

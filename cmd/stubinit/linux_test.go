@@ -25,6 +25,7 @@ func TestNeededDevices(t *testing.T) {
 		{"in order, once", []string{"file=/dev/xvdb", "file=/dev/xvda,file=/dev/xvdb", "/dev/hvc3"}, []string{"/dev/xvdb", "/dev/xvda", "/dev/hvc3"}},
 		{"partition, many disks", []string{"file=/dev/xvda1,x", "file=/dev/xvdaa"}, []string{"/dev/xvda1", "/dev/xvdaa"}},
 		{"other devices", []string{"/dev/null", "/dev/net/tun", "/dev/fdset/1", "/dev/", "/dev/sda", "/DEV/xvda"}, nil},
+		{"not in the guest's name", []string{"-name", "/dev/xvda", "-serial", "/dev/hvc3"}, []string{"/dev/hvc3"}},
 		{"a folder before it", []string{"file=/dev//dev/xvdc"}, []string{"/dev/xvdc"}},
 		{"a double comma escapes", []string{"file=/dev/xvda,,b"}, []string{"/dev/xvda"}},
 	} {

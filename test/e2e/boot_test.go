@@ -8,7 +8,9 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -100,11 +102,6 @@ func TestConsoles(t *testing.T) {
 
 // What cannot work ends in one FATAL line that says why, soon.
 func TestBadInput(t *testing.T) {
-	const stubOnly = `
-[ "$1 $2" = "block add" ] || exit 0
-IFS=/ read -r _ _ s _ <<<"$XENBUS_PATH"
-[[ $(xenstore-read "/local/domain/$s/name") = *-dm ]] || exit 0
-`
 	tests := []struct {
 		name string
 		hook string // changes what libxl has written, just before the stubdomain runs
@@ -178,6 +175,13 @@ for n in $(xenstore-list "$vm/image/dm-argv"); do xenstore-rm "$vm/image/dm-argv
 	}
 }
 
+// stubOnly begins a hook that runs when a stubdomain's disk is attached; $s is the stubdomain.
+const stubOnly = `
+[ "$1 $2" = "block add" ] || exit 0
+IFS=/ read -r _ _ s _ <<<"$XENBUS_PATH"
+[[ $(xenstore-read "/local/domain/$s/name") = *-dm ]] || exit 0
+`
+
 // setHook installs a scenario's script for dom0's hotplug scripts, until the end of the test.
 func setHook(t *testing.T, ctx context.Context, l *lab.Lab, script string) {
 	t.Helper()
@@ -194,11 +198,48 @@ func setHook(t *testing.T, ctx context.Context, l *lab.Lab, script string) {
 	})
 }
 
-// imageWithout returns the suite's initrd followed by an archive that replaces the list of modules by one without a module:
-// the kernel unpacks both.
+// imageWithout returns the suite's initrd with a module taken off its list.
 func imageWithout(t *testing.T, module string) []byte {
 	t.Helper()
 	const list = "etc/stubinit/modules"
+	text := imageFile(t, list)
+	var kept []string
+	for line := range strings.Lines(text) {
+		if !strings.Contains(line, "/"+module+".ko") {
+			kept = append(kept, line)
+		}
+	}
+	if len(kept) != strings.Count(text, "\n")-1 {
+		t.Fatalf("%s does not name %s once:\n%s", list, module, text)
+	}
+	return imageWith(t, map[string]string{list: strings.Join(kept, "")})
+}
+
+// imageWith returns the suite's initrd followed by an archive with more files, or other ones in their places: the kernel
+// unpacks both.
+func imageWith(t *testing.T, files map[string]string) []byte {
+	t.Helper()
+	packed, err := os.ReadFile(rootfs(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var more bytes.Buffer
+	w := cpio.Newc.Writer(&more)
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		if err := cpio.WriteRecords(w, []cpio.Record{cpio.StaticFile(name, files[name], 0o755)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := cpio.WriteTrailer(w); err != nil {
+		t.Fatal(err)
+	}
+	padded := append(packed, make([]byte, -len(packed)&511)...)
+	return append(padded, more.Bytes()...)
+}
+
+// imageFile reads a file of the suite's initrd.
+func imageFile(t *testing.T, name string) string {
+	t.Helper()
 	packed, err := os.ReadFile(rootfs(t))
 	if err != nil {
 		t.Fatal(err)
@@ -221,35 +262,16 @@ func imageWithout(t *testing.T, module string) []byte {
 		t.Fatal(err)
 	}
 	for _, r := range records {
-		if r.Name != list {
-			continue
-		}
-		text, err := io.ReadAll(io.NewSectionReader(r, 0, int64(r.FileSize)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		var kept []string
-		for line := range strings.Lines(string(text)) {
-			if !strings.Contains(line, "/"+module+".ko") {
-				kept = append(kept, line)
+		if r.Name == name {
+			text, err := io.ReadAll(io.NewSectionReader(r, 0, int64(r.FileSize)))
+			if err != nil {
+				t.Fatal(err)
 			}
+			return string(text)
 		}
-		if len(kept) != strings.Count(string(text), "\n")-1 {
-			t.Fatalf("%s does not name %s once:\n%s", list, module, text)
-		}
-		var more bytes.Buffer
-		w := cpio.Newc.Writer(&more)
-		if err := cpio.WriteRecords(w, []cpio.Record{cpio.StaticFile(list, strings.Join(kept, ""), 0o644)}); err != nil {
-			t.Fatal(err)
-		}
-		if err := cpio.WriteTrailer(w); err != nil {
-			t.Fatal(err)
-		}
-		padded := append(packed, make([]byte, -len(packed)&511)...)
-		return append(padded, more.Bytes()...)
 	}
-	t.Fatalf("the initrd has no %s", list)
-	return nil
+	t.Fatalf("the initrd has no %s", name)
+	return ""
 }
 
 // rootfs is the initrd's file here.
