@@ -42,7 +42,7 @@ func guarded(a *agent) (err error) {
 // QEMU's ordinary end, else the reason.
 func run(a *agent) error {
 	// PID 1 gets only those signals that it asks for; these are nobody's way to end it.
-	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGPIPE)
+	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGPIPE, syscall.SIGXFSZ)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	for _, s := range sequence {

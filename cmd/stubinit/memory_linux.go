@@ -16,18 +16,21 @@ import (
 
 // logMemory says how much of stubdomain_memory is left, for whoever sets it.
 func (a *agent) logMemory() {
-	f, err := os.Open("/proc/meminfo")
-	if err != nil {
-		a.log.Debug("memory unknown", "err", err)
-		return
-	}
-	defer f.Close()
-	total, available, err := parseMeminfo(f)
+	total, available, err := readMeminfo()
 	if err != nil {
 		a.log.Debug("memory unknown", "err", err)
 		return
 	}
 	a.log.Info("memory", "total_mib", total>>10, "available_mib", available>>10)
+}
+
+func readMeminfo() (total, available int, err error) {
+	f, err := os.Open("/proc/meminfo")
+	if err != nil {
+		return 0, 0, err
+	}
+	defer f.Close()
+	return parseMeminfo(f)
 }
 
 // followPressure logs when the stubdomain is short of memory (PSI,

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -31,13 +33,17 @@ const stateConsole = "/dev/hvc1"
 // has answered, Commit copies it to console 1, waits until dom0 has taken the last byte,
 // and only then does the answer reach libxl, which reads its file at once.
 type stateSaver struct {
-	qmp *qmp.Monitor
-	xs  *xenstore.Client
-	log *slog.Logger
+	qmp    *qmp.Monitor
+	xs     *xenstore.Client
+	log    *slog.Logger
+	pid    int                             // QEMU's
+	settle func(ctx context.Context) error // nil: do not wait for dom0's file
 
 	saving atomic.Bool // from Prepare to the end of Commit or Abort
 
 	state *os.File // the memfd behind fdset 1, for reading; nil when a save has used it
+	most  int64    // bytes that it may have in this save
+	spent bool     // dom0's file has a state, or a part of one
 
 	// Console 1 and its ring; nil is the real one. Tests have others.
 	openOut func() (io.WriteCloser, error)
@@ -88,49 +94,117 @@ func (s *stateSaver) unregister(ctx context.Context) error {
 	return err
 }
 
-// Prepare makes sure that fdset 1 is an empty file.
+// Prepare makes sure that fdset 1 is an empty file, and has room.
 func (s *stateSaver) Prepare(ctx context.Context) error {
 	s.saving.Store(true)
+	if s.spent {
+		return errSpent
+	}
+	if err := s.renew(ctx); err != nil {
+		return err
+	}
+	return s.limit()
+}
+
+// errSpent is the end of a second save. libxl has dom0's QEMU open console 1's file once, and neither truncates nor
+// removes it after a save: the file would hold two states, of which a restore takes the first.
+var errSpent = errors.New("console 1 has carried a state already, and dom0 would add this one to it: restore or restart the guest before it is saved again")
+
+// renew gives fdset 1 a new file.
+func (s *stateSaver) renew(ctx context.Context) error {
 	if err := s.unregister(ctx); err != nil {
 		return err
 	}
 	return s.register(ctx)
 }
 
+// spareMemory is what a state must leave free, for QEMU and for us.
+const spareMemory = 8 << 20
+
+// limit lets QEMU's write fail with EFBIG when the state would take memory that the stubdomain lives on: the kernel
+// would kill QEMU. A block device is no file in the limit's sense. QEMU inherits from PID 1 that SIGXFSZ is ignored.
+func (s *stateSaver) limit() error {
+	_, available, err := readMeminfo() // KiB
+	if err != nil {
+		return err
+	}
+	s.most = max(0, int64(available)<<10-spareMemory)
+	return s.setLimit(uint64(s.most))
+}
+
+func (s *stateSaver) setLimit(bytes uint64) error {
+	if s.pid == 0 { // not in a stubdomain: a test
+		return nil
+	}
+	err := unix.Prlimit(s.pid, unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: bytes, Max: unix.RLIM_INFINITY}, nil)
+	if err != nil && !errors.Is(err, unix.ESRCH) { // QEMU's end is seen elsewhere
+		return fmt.Errorf("limit the state to %d bytes: %w", bytes, err)
+	}
+	return nil
+}
+
+// tooLarge is why QEMU could not save, if it was the limit.
+func (s *stateSaver) tooLarge() error {
+	if s.state == nil || s.most == 0 {
+		return nil
+	}
+	info, err := s.state.Stat()
+	if err != nil || info.Size() < s.most {
+		return nil
+	}
+	return fmt.Errorf("the state is larger than the %d KiB of memory that are free for it: raise stubdomain_memory in xl.cfg", s.most>>10)
+}
+
 // Commit copies the state to console 1. The memory is given back whatever comes.
 func (s *stateSaver) Commit(ctx context.Context) error {
 	defer s.saving.Store(false)
 	start := time.Now()
-	n, err := s.copy(ctx)
+	n, waited, err := s.copy(ctx)
 	if e := s.unregister(ctx); err == nil {
 		err = e
 	}
 	if err == nil {
-		err = s.register(ctx) // for the next save
+		err = s.register(ctx) // for a toolstack that can save again
+	}
+	if err == nil {
+		err = s.setLimit(unix.RLIM_INFINITY)
 	}
 	if err != nil {
 		return err
 	}
 	took := time.Since(start)
-	s.log.Info("state saved", "bytes", n, "took", took, "kib_per_s", int64(float64(n)/1024/took.Seconds()))
+	s.log.Info("state saved", "bytes", n, "took", took, "waited_for_dom0", waited, "kib_per_s", int64(float64(n)/1024/took.Seconds()))
 	return nil
 }
 
 // Abort drops the state and lets the guest go on.
 func (s *stateSaver) Abort(ctx context.Context, cause error) error {
 	defer s.saving.Store(false)
+	if errors.Is(cause, errSpent) {
+		// The save before may still be under way: QEMU, which is stopped, must not touch the memory that is being
+		// copied. libxl sends cont itself when that is over, and after this error too.
+		s.log.Error("save refused", "err", cause)
+		return nil
+	}
+	if large := s.tooLarge(); large != nil {
+		cause = fmt.Errorf("%w: %w", cause, large)
+	}
 	s.log.Error("save failed; the guest goes on", "err", cause)
-	err := s.Prepare(ctx)
+	err := s.renew(ctx)
+	if e := s.setLimit(unix.RLIM_INFINITY); err == nil {
+		err = e
+	}
 	if _, e := s.qmp.Execute(ctx, "cont", nil); err == nil {
 		err = e
 	}
 	return err
 }
 
-func (s *stateSaver) copy(ctx context.Context) (int64, error) {
+// copy says how many bytes it has copied, and for how long it has waited for dom0 to take them.
+func (s *stateSaver) copy(ctx context.Context) (n int64, waited time.Duration, err error) {
 	ring, err := s.outRing(ctx)
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	defer ring.close()
 	openOut := s.openOut
@@ -139,25 +213,57 @@ func (s *stateSaver) copy(ctx context.Context) (int64, error) {
 	}
 	out, err := openOut()
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	defer out.Close()
 	if _, err := s.state.Seek(0, io.SeekStart); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	n, err := ring.send(ctx, out, s.state)
-	if n > 0 && err == nil {
-		return n, ring.drained(ctx)
+	n, err = ring.send(ctx, out, s.state)
+	s.spent = n > 0 && ring.file
+	switch {
+	case err != nil:
+		return n, ring.waited, fmt.Errorf("copy the state to console 1: %w", err)
+	case n == 0:
+		return 0, 0, errors.New("QEMU saved an empty state")
 	}
-	if err != nil {
-		return n, fmt.Errorf("copy the state to console 1: %w", err)
+	if err := ring.drained(ctx); err != nil {
+		return n, ring.waited, err
 	}
-	return 0, errors.New("QEMU saved an empty state")
+	if s.settle != nil {
+		if err := s.settle(ctx); err != nil {
+			s.log.Warn("the end of the state may not be in dom0's file yet", "err", err)
+		}
+	}
+	return n, ring.waited, nil
+}
+
+// settleLimit is for a dom0 that does not read console 0.
+const settleLimit = 2 * time.Second
+
+// settle waits until dom0's QEMU has written what it has taken from console 1: it frees the ring first. One thread of
+// it serves all consoles, so when it has taken a later line from console 0 it has.
+func (a *agent) settle(ctx context.Context) error {
+	if a.ring == nil {
+		return errors.New("console 0's ring cannot be seen")
+	}
+	ctx, cancel := context.WithTimeout(ctx, settleLimit)
+	defer cancel()
+	a.log.Info("state is out of console 1's ring")
+	if err := a.console.Flush(ctx); err != nil {
+		return err
+	}
+	if _, err := (&outRing{frame: a.ring}).room(ctx, ringBytes); err != nil {
+		return fmt.Errorf("console 0: %w", err)
+	}
+	return nil
 }
 
 // An outRing is console 1's ring, seen from outside.
 type outRing struct {
-	frame ringFrame
+	frame  ringFrame
+	file   bool          // what dom0's QEMU takes from it goes to a file
+	waited time.Duration // for dom0, in all
 }
 
 // outRing finds console 1's ring, and an error if nobody reads it: a write to a full ring stops the stubdomain.
@@ -172,6 +278,10 @@ func (s *stateSaver) outRing(ctx context.Context) (*outRing, error) {
 	}
 	if state != "4" {
 		return nil, fmt.Errorf("nobody reads console 1: %s/state is %s, not 4", backend, state)
+	}
+	output, err := s.xs.Read(ctx, "device/console/1/output")
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
 	}
 	ref, err := s.xs.ReadString(ctx, "device/console/1/ring-ref")
 	if err != nil {
@@ -189,7 +299,7 @@ func (s *stateSaver) outRing(ctx context.Context) (*outRing, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &outRing{f}, nil
+	return &outRing{frame: f, file: strings.HasPrefix(output, "file:")}, nil
 }
 
 func (r *outRing) close() { r.frame.Close() }
@@ -242,6 +352,7 @@ func (r *outRing) drained(ctx context.Context) error {
 // room waits until at least so many bytes of the ring are free, and returns how many are.
 func (r *outRing) room(ctx context.Context, want int) (int, error) {
 	last, since := -1, time.Now()
+	defer func(start time.Time) { r.waited += time.Since(start) }(since)
 	for look := firstLook; ; look = min(2*look, lastLook) {
 		free := console.RingFree(r.frame.Uint32(outCons), r.frame.Uint32(outProd))
 		if free >= want {

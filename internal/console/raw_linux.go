@@ -16,7 +16,6 @@ func rawTermios() *unix.Termios {
 	return t
 }
 
-// setRaw takes effect at once and discards nothing (TCSETS, not TCSETSF).
 // OpenRaw opens a console's tty in raw mode without a moment in which the
 // kernel could pass bytes through the cooked line discipline.
 //
@@ -25,7 +24,8 @@ func rawTermios() *unix.Termios {
 // discipline: in cooked mode they come out changed, are echoed, and those
 // after 4096 are lost. The stubdomain has one vCPU, so a thread that runs under
 // SCHED_FIFO from before the open until after TCSETS is not preempted by
-// khvcd or the kworker behind it, both SCHED_OTHER.
+// khvcd or the kworker behind it, both SCHED_OTHER. TCSETS takes effect at once
+// and discards nothing, unlike TCSETSF.
 //
 // flag is os.O_RDONLY or os.O_WRONLY. The descriptor is blocking, for use by another process.
 func OpenRaw(path string, flag int) (*os.File, error) {
