@@ -1,0 +1,132 @@
+package main
+
+import (
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// dom0's file takes one state. Another save is refused before QEMU writes, and QEMU is left stopped: the first may be
+// under way.
+func TestSaveOnce(t *testing.T) {
+	for _, tt := range []struct {
+		name, output string
+		writeError   error
+		refused      bool
+	}{
+		{"file", "file:/var/lib/xen/qemu-save.3", nil, true},
+		{"part of a state in the file", "file:/var/lib/xen/qemu-save.3", unix.EIO, true},
+		{"pipe", "pipe:/run/state", nil, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s, q, c, store, log := newSaver(t)
+			store.Set("/local/domain/6/device/console/1/output", tt.output)
+			if err := s.Prepare(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			q.save(t, everyByte(5000))
+			if tt.writeError != nil {
+				s.openOut = func() (io.WriteCloser, error) { c.open++; return &failSecond{fakeConsole: c, err: tt.writeError}, nil }
+			}
+			if err := s.Commit(t.Context()); !errors.Is(err, tt.writeError) {
+				t.Fatalf("Commit: %v, want %v", err, tt.writeError)
+			}
+			q.takeCalls()
+			err := s.Prepare(t.Context())
+			if refused := errors.Is(err, errSpent); refused != tt.refused || !refused && err != nil {
+				t.Fatalf("second Prepare: %v, want refused: %t", err, tt.refused)
+			}
+			if !tt.refused {
+				return
+			}
+			if err := s.Abort(t.Context(), err); err != nil {
+				t.Error(err)
+			}
+			if calls := q.takeCalls(); slices.Contains(calls, "cont") {
+				t.Errorf("QEMU was told %v", calls)
+			}
+			if !strings.Contains(log.String(), "save refused") {
+				t.Errorf("log:\n%s", log)
+			}
+		})
+	}
+}
+
+// A failSecond is console 1 when it fails in the middle of a state.
+type failSecond struct {
+	*fakeConsole
+	err    error
+	writes int
+}
+
+func (f *failSecond) Write(p []byte) (int, error) {
+	if f.writes++; f.writes > 1 {
+		return 0, f.err
+	}
+	return f.fakeConsole.Write(p)
+}
+
+// A state that is as large as the limit allowed is said to be too large.
+func TestStateTooLarge(t *testing.T) {
+	s, q, _, _, log := newSaver(t)
+	if err := s.Prepare(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.most = 8192
+	q.save(t, everyByte(8192))
+	if err := s.Abort(t.Context(), errors.New("QEMU: saving Xen device state failed")); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"saving Xen device state failed", "larger than the 8 KiB", "stubdomain_memory"} {
+		if !strings.Contains(log.String(), want) {
+			t.Errorf("log lacks %q:\n%s", want, log)
+		}
+	}
+}
+
+// The limit reaches a process that runs, which gets an error instead of a signal, and is taken back.
+func TestStateLimit(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "state")
+	cmd := exec.Command("sh", "-c", `trap "" XFSZ; for n in 1 2; do read -r line; head -c 100000 /dev/zero >"$1" 2>/dev/null; echo $?; done`, "sh", file)
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer in.Close()
+	s := &stateSaver{pid: cmd.Process.Pid}
+	for _, tt := range []struct {
+		limit uint64
+		size  int64
+		code  string
+	}{{4096, 4096, "1\n"}, {unix.RLIM_INFINITY, 100000, "0\n"}} {
+		if err := s.setLimit(tt.limit); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := in.Write([]byte("go\n")); err != nil {
+			t.Fatal(err)
+		}
+		code := make([]byte, 2)
+		if _, err := out.Read(code); err != nil {
+			t.Fatal(err)
+		}
+		info, err := os.Stat(file)
+		if err != nil || info.Size() != tt.size || string(code) != tt.code {
+			t.Errorf("limit %d: %d bytes written, exit code %q, %v; want %d, %q", tt.limit, info.Size(), code, err, tt.size, tt.code)
+		}
+	}
+}
