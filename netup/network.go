@@ -17,8 +17,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Store is what Unplug needs of xenstore. A path that does not exist is an error that is fs.ErrNotExist.
+// A Store is what is needed of xenstore. A path that does not exist is an error that is fs.ErrNotExist. WaitFor calls ok with a
+// node's value and whether it exists, now and after each change, until it is true or ctx ends.
 type Store interface {
+	WaitFor(ctx context.Context, path string, ok func(value string, exists bool) bool) (string, error)
 	Read(ctx context.Context, path string) (string, error)
 	Write(ctx context.Context, path, value string) error
 	Remove(ctx context.Context, path string) error
@@ -27,7 +29,7 @@ type Store interface {
 // Options are what a [Network] is made from.
 type Options struct {
 	Log   *slog.Logger  // required
-	Store Store         // required for Unplug
+	Store Store         // required
 	UID   int           // QEMU's user, who may attach to the taps; 0 leaves them without an owner
 	GID   int           // QEMU's group, likewise
 	Limit time.Duration // after which Run warns of vifs that are not up, and Unplug gives up waiting; 0: 30 s
@@ -50,8 +52,11 @@ type Network struct {
 // A port is a NIC and how far its vif has come.
 type port struct {
 	NIC
-	index     int  // of the vif's link; 0 while it is not in the bridge
-	up        bool // the vif's link is
+	link      string // the vif's, for messages
+	index     int    // of that link; 0 while it is not in the bridge
+	running   bool   // that link has its carrier
+	connected bool   // the vif's backend is in state Connected
+	up        bool   // both, as the log has it
 	unplugged bool
 	unbinding *unbinding // under way or done; nil before
 }

@@ -113,10 +113,21 @@ func makePlan(t testing.TB, count, mtu int) []NIC {
 	return nics
 }
 
+// connected is a xenstore where the backends of makePlan's vifs have connected.
+func connected(count int) *fakeStore {
+	s := &fakeStore{nodes: make(map[string]string)}
+	for i := range count {
+		s.nodes[backendState(i)] = stateConnected
+	}
+	return s
+}
+
+func backendState(i int) string { return fmt.Sprintf("/local/domain/0/backend/vif/8/%d/state", i) }
+
 func setup(t *testing.T, count, mtu int, change func(*Options)) *lab {
 	t.Helper()
 	newNetns(t)
-	l := &lab{nics: makePlan(t, count, mtu), log: newLines(), store: &fakeStore{nodes: make(map[string]string)}}
+	l := &lab{nics: makePlan(t, count, mtu), log: newLines(), store: connected(count)}
 	l.sys, _ = fakeSys(t)
 	for i := range count {
 		l.store.nodes[fmt.Sprintf("device/vif/%d/state", i)] = stateClosed
@@ -665,6 +676,28 @@ func TestVifWithoutCarrier(t *testing.T) {
 	l.log.wait(t, "level=INFO", "link is up", "nic=nic0")
 }
 
+// A frontend has its carrier before its backend has connected.
+func TestBackendConnectsLate(t *testing.T) {
+	const waits, closing = "2", "5"
+	l := setup(t, 2, 0, func(o *Options) {
+		o.Limit = 300 * time.Millisecond
+		o.Store.(*fakeStore).nodes[backendState(0)] = waits
+	})
+	addVeth(t, 0, 1500)
+	addVeth(t, 1, 1500)
+	waitUp(t, "eth0")
+	if line := l.log.wait(t, "link is up"); !strings.Contains(line, "nic=nic1") {
+		t.Errorf("%s: the backend of nic0 has not connected", line)
+	}
+	if line := l.log.wait(t, "level=WARN"); !strings.Contains(line, "backend has not connected") || !strings.Contains(line, "nic=nic0") {
+		t.Errorf("%s: want that the backend of nic0 has not connected", line)
+	}
+	l.store.set(backendState(0), stateConnected)
+	l.log.wait(t, "level=INFO", "link is up", "nic=nic0", "link=eth0")
+	l.store.set(backendState(0), closing)
+	l.log.wait(t, "level=WARN", "link is down", "nic=nic0", "xenstore=/local/domain/0/backend/vif/8/0")
+}
+
 // A vif may be there, and up, before Run is.
 func TestVifBeforeRun(t *testing.T) {
 	newNetns(t)
@@ -673,7 +706,7 @@ func TestVifBeforeRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	log := newLines()
-	n := openNetwork(t, Options{Log: slog.New(log)})
+	n := openNetwork(t, Options{Log: slog.New(log), Store: connected(1)})
 	if err := n.Setup(t.Context(), makePlan(t, 1, 0)); err != nil {
 		t.Fatal(err)
 	}

@@ -24,6 +24,37 @@ type fakeStore struct {
 	nodes map[string]string
 	err   map[string]error // by operation
 	done  []string
+	wake  chan struct{} // closed at the next set; nil while nobody waits
+}
+
+func (s *fakeStore) set(path, value string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.nodes[path] = value
+	if s.wake != nil {
+		close(s.wake)
+		s.wake = nil
+	}
+}
+
+func (s *fakeStore) WaitFor(ctx context.Context, path string, ok func(string, bool) bool) (string, error) {
+	for {
+		s.mu.Lock()
+		v, exists := s.nodes[path]
+		if s.wake == nil {
+			s.wake = make(chan struct{})
+		}
+		wake := s.wake
+		s.mu.Unlock()
+		if ok(v, exists) {
+			return v, nil
+		}
+		select {
+		case <-wake:
+		case <-ctx.Done():
+			return "", ctx.Err()
+		}
+	}
 }
 
 func (s *fakeStore) op(name, path string) error {
@@ -37,7 +68,10 @@ func (s *fakeStore) op(name, path string) error {
 }
 
 func (s *fakeStore) Read(_ context.Context, path string) (string, error) {
-	if v, ok := s.nodes[path]; ok {
+	s.mu.Lock()
+	v, ok := s.nodes[path]
+	s.mu.Unlock()
+	if ok {
 		return v, s.op("read", path)
 	}
 	return "", fmt.Errorf("read %s: %w", path, syscall.ENOENT)

@@ -2,7 +2,7 @@
 // stubdomain's vif of the same MAC address, and a bridge of those two.
 //
 // [Plan] is pure. A [Network] applies it over netlink: Setup makes bridges and taps before QEMU starts, Run adds each vif
-// when its backend has connected, and Unplug takes one NIC away.
+// when its link comes and says when its backend has connected, and Unplug takes one NIC away.
 //
 // # Bridges
 //

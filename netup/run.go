@@ -7,15 +7,17 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
-// Run adds vifs to their bridges as they come, whenever that is, until the context ends (nil) or rtnetlink fails. The kernel shows a
-// vif's link when its backend has connected. A NIC whose link is not up after Options.Limit is warned of once. Run is called
-// once, after Setup.
+// Run adds vifs to their bridges as they come, whenever that is, until the context ends (nil) or rtnetlink fails. A NIC is up when
+// its vif's link has a carrier and its backend has connected: the carrier comes as soon as the frontend is ready (xennet_connect
+// in drivers/net/xen-netfront.c), also while the backend still waits for its hotplug script. A NIC that is not up after
+// Options.Limit is warned of once. Run is called once, after Setup.
 func (n *Network) Run(ctx context.Context) error {
 	if n.running.Swap(true) {
 		return errors.New("run the network: it has run before")
@@ -31,6 +33,15 @@ func (n *Network) Run(ctx context.Context) error {
 		return err
 	}
 
+	ctx, cancel := context.WithCancel(ctx)
+	var backends sync.WaitGroup
+	defer backends.Wait()
+	defer cancel()
+	for _, p := range n.ports {
+		if p.Vif != NoVif {
+			backends.Go(func() { n.followBackend(ctx, p, start) })
+		}
+	}
 	links := make(chan link)
 	lost := make(chan struct{})
 	stop := make(chan struct{})
@@ -144,26 +155,51 @@ func (n *Network) see(l link, start time.Time) {
 			return
 		}
 	}
-	p.index = l.index
+	p.index, p.link = l.index, l.name
 	log.Debug("vif has joined its bridge", "bridge", p.Bridge, "tap", p.Tap, "after", time.Since(start).Round(time.Millisecond))
 }
 
 // follow takes in news of a vif that is in its bridge.
 func (n *Network) follow(p *port, l link, start time.Time) {
-	log := n.opts.Log.With("nic", p.ID, "link", l.name)
-	up := l.running && !l.gone
-	switch {
-	case p.unplugged:
-	case l.gone:
-		log.Warn("vif is gone", "xenstore", p.Backend)
-	case up && !p.up:
-		log.Info("NIC's link is up", "tap", p.Tap, "bridge", p.Bridge, "after", time.Since(start).Round(time.Millisecond))
-	case !up && p.up:
-		log.Warn("NIC's link is down", "xenstore", p.Backend)
+	p.running = l.running && !l.gone
+	if !l.gone {
+		n.report(p, start)
+		return
+	}
+	if !p.unplugged {
+		n.opts.Log.Warn("vif is gone", "nic", p.ID, "link", p.link, "xenstore", p.Backend)
+	}
+	p.index, p.up = 0, false
+}
+
+// followBackend follows the state of a vif's backend until the NIC is unplugged or ctx ends.
+func (n *Network) followBackend(ctx context.Context, p *port, start time.Time) {
+	_, err := n.opts.Store.WaitFor(ctx, p.Backend+"/state", func(state string, exists bool) bool {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		p.connected = exists && state == stateConnected
+		n.report(p, start)
+		return p.unplugged
+	})
+	if err != nil && ctx.Err() == nil {
+		n.opts.Log.Warn("the state of a vif's backend cannot be followed", "nic", p.ID, "xenstore", p.Backend, "err", err)
+	}
+}
+
+// report logs that a NIC has come up or gone down.
+func (n *Network) report(p *port, start time.Time) {
+	up := p.running && p.connected
+	if up == p.up {
+		return
 	}
 	p.up = up
-	if l.gone {
-		p.index = 0
+	log := n.opts.Log.With("nic", p.ID, "link", p.link)
+	switch {
+	case p.unplugged:
+	case up:
+		log.Info("NIC's link is up", "tap", p.Tap, "bridge", p.Bridge, "after", time.Since(start).Round(time.Millisecond))
+	default:
+		log.Warn("NIC's link is down", "xenstore", p.Backend)
 	}
 }
 
@@ -209,7 +245,7 @@ func (n *Network) warnOfMissing() {
 	for _, p := range n.ports {
 		switch {
 		case p.Vif == NoVif || p.up || p.unplugged:
-		case p.index == 0:
+		case p.index == 0 || !p.connected:
 			n.opts.Log.Warn("NIC still has no network: its vif's backend has not connected; look at its state and hotplug-status",
 				"nic", p.ID, "mac", p.MAC, "after", n.opts.Limit, "xenstore", p.Backend)
 		default:

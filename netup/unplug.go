@@ -11,8 +11,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stateClosed is XenbusStateClosed (xen/interface/io/xenbus.h).
-const stateClosed = "6"
+// XenbusState… (xen/interface/io/xenbus.h).
+const (
+	stateConnected = "4"
+	stateClosed    = "6"
+)
 
 // Unplug takes away what belongs to a NIC that QEMU has deleted (DEVICE_DELETED names nicID): its bridge and tap, and the vif, so
 // that the guest's own PV NIC is the only one with that MAC address. The bridge goes first, which stops all traffic at once. The
