@@ -1,6 +1,7 @@
 package netup
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -25,6 +26,7 @@ type fakeStore struct {
 	err   map[string]error // by operation
 	done  []string
 	wake  chan struct{} // closed at the next set; nil while nobody waits
+	seen  chan<- bool   // told when WaitFor has called ok, unless nil
 }
 
 func (s *fakeStore) set(path, value string) {
@@ -46,7 +48,11 @@ func (s *fakeStore) WaitFor(ctx context.Context, path string, ok func(string, bo
 		}
 		wake := s.wake
 		s.mu.Unlock()
-		if ok(v, exists) {
+		done := ok(v, exists)
+		if s.seen != nil {
+			s.seen <- done
+		}
+		if done {
 			return v, nil
 		}
 		select {
@@ -143,6 +149,54 @@ func TestCloseVif(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A NIC is up when its vif's link has a carrier and the vif's backend has connected, whichever is first.
+func TestUpWithBackendAndCarrier(t *testing.T) {
+	const state = "/backend/state"
+	var log bytes.Buffer // guarded by the network's mutex, which report is called with
+	store := &fakeStore{nodes: map[string]string{state: "2"}}
+	n := openNetwork(t, Options{Store: store, Log: slog.New(slog.NewTextHandler(&log, nil))})
+	p := &port{NIC: NIC{ID: "nic0", Backend: "/backend"}, link: "eth0", index: 7}
+	n.ports = []*port{p}
+	seen := make(chan bool, 16)
+	store.seen = seen
+	var wg sync.WaitGroup
+	wg.Go(func() { n.followBackend(t.Context(), p, time.Now()) })
+	<-seen
+
+	set := func(value string) func() { return func() { store.set(state, value); <-seen } }
+	carrier := func(l link) func() {
+		return func() {
+			l.index = p.index
+			n.see(l, time.Now())
+		}
+	}
+	for _, step := range []struct {
+		name string
+		do   func()
+		want string // in the log
+	}{
+		{"carrier, and the backend waits", carrier(link{running: true}), ""},
+		{"backend connects", set(stateConnected), "level=INFO msg=\"NIC's link is up\" nic=nic0 link=eth0"},
+		{"carrier lost", carrier(link{}), "level=WARN msg=\"NIC's link is down\""},
+		{"carrier again", carrier(link{running: true}), "level=INFO msg=\"NIC's link is up\""},
+		{"backend closes", set("5"), "level=WARN msg=\"NIC's link is down\""},
+		{"backend connects again", set(stateConnected), "level=INFO msg=\"NIC's link is up\""},
+		{"link gone", carrier(link{gone: true}), "level=WARN msg=\"vif is gone\" nic=nic0 link=eth0"},
+		{"backend closes, unplugged", func() { n.unplugged("nic0"); store.set(state, stateClosed); <-seen }, ""},
+	} {
+		n.mu.Lock()
+		log.Reset()
+		n.mu.Unlock()
+		step.do()
+		n.mu.Lock()
+		if got := log.String(); step.want == "" && got != "" || !strings.Contains(got, step.want) {
+			t.Errorf("%s: log %q, want %q", step.name, got, step.want)
+		}
+		n.mu.Unlock()
+	}
+	wg.Wait() // nothing is followed after an unplug
 }
 
 func TestUnbindWithoutDriver(t *testing.T) {
