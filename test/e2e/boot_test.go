@@ -226,6 +226,14 @@ func imageWith(t *testing.T, files map[string]string) []byte {
 	var more bytes.Buffer
 	w := cpio.Newc.Writer(&more)
 	for _, name := range slices.Sorted(maps.Keys(files)) {
+		// The kernel makes no folders by itself.
+		for i, c := range name {
+			if c == '/' {
+				if err := cpio.WriteRecords(w, []cpio.Record{cpio.Directory(name[:i], 0o755)}); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
 		if err := cpio.WriteRecords(w, []cpio.Record{cpio.StaticFile(name, files[name], 0o755)}); err != nil {
 			t.Fatal(err)
 		}
