@@ -110,8 +110,11 @@ func (a *agent) followEvents(ctx context.Context, events <-chan qmp.Event) error
 		}
 		unplugs.Go(func() {
 			start := time.Now()
-			// The netdev outlives its device, and QEMU keeps the tap open for it.
+			// A netdev outlives a device_del, and QEMU keeps the tap open for it. The unplug protocol deletes both.
 			_, err := a.monitor.Execute(ctx, "netdev_del", map[string]string{"id": a.nics[i].Netdev})
+			if refused := new(qmp.Error); errors.As(err, &refused) && refused.Class == "DeviceNotFound" {
+				err = nil
+			}
 			if err = errors.Join(err, a.net.Unplug(ctx, id)); err != nil {
 				a.log.Error("unplugged NIC: something of it stays", "nic", id, "err", err)
 				return
