@@ -75,7 +75,7 @@ func (k *Keeper) Initial(ctx context.Context) ([]Set, error) {
 	}
 	var sets []Set
 	for _, devid := range devids {
-		f, incarnation, err := k.open(devid)
+		f, incarnation, err := k.openMedium(ctx, devid)
 		if gone(err) {
 			continue // not connected yet: Run sees it come
 		}
@@ -92,6 +92,9 @@ func (k *Keeper) Initial(ctx context.Context) ([]Set, error) {
 // Run gives QEMU the descriptor of each removable disk that appears, until ctx ends or a source of events fails. What
 // fails for one disk is logged, and does not stop the others.
 func (k *Keeper) Run(ctx context.Context, qmp Monitor) error {
+	if err := preferXenbus("/proc"); err != nil {
+		k.Log.Warn("xl cd-insert may time out: the kernel's xenstore threads have no priority", "err", err)
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	watch, err := k.Store.Watch(ctx, "device/vbd")
@@ -145,32 +148,32 @@ func (k *Keeper) Run(ctx context.Context, qmp Monitor) error {
 
 // sync brings QEMU's fdsets up to date with the disks.
 func (k *Keeper) sync(ctx context.Context, qmp Monitor) {
+	start := time.Now()
 	devids, err := k.removable(ctx)
 	if err != nil {
 		k.Log.Warn("cannot list removable disks", "err", err)
 		return
 	}
 	for _, devid := range devids {
-		if err := k.give(ctx, qmp, devid); err != nil && ctx.Err() == nil {
+		if err := k.give(ctx, qmp, devid, start); err != nil && ctx.Err() == nil {
 			k.Log.Error("no fdset for removable disk: xl cd-insert of it will time out", "devid", devid, "err", err)
 		}
 	}
 }
 
-// give makes the fdset of one disk, unless QEMU had this incarnation already.
-func (k *Keeper) give(ctx context.Context, qmp Monitor, devid int) error {
+// give makes the fdset of one disk, unless QEMU had this incarnation already. start is when its event came.
+func (k *Keeper) give(ctx context.Context, qmp Monitor, devid int, start time.Time) error {
 	name, err := Name(devid)
 	if err != nil {
 		return err
 	}
-	incarnation, err := k.incarnation(name)
+	incarnation, err := k.present(ctx, devid, name)
 	if err == nil && k.given[devid] == incarnation {
 		return nil
 	}
-	start := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, requestLimit)
 	defer cancel()
-	f, incarnation, err := k.open(devid)
+	f, incarnation, err := k.openMedium(ctx, devid)
 	if gone(err) {
 		return nil // an event follows
 	}
@@ -186,7 +189,29 @@ func (k *Keeper) give(ctx context.Context, qmp Monitor, devid int) error {
 	}
 	k.keep(devid, incarnation)
 	k.Log.Info("fdset for removable disk", "devid", devid, "disk", name, "took", time.Since(start))
+	if incarnation == empty {
+		k.Log.Warn("drive is empty: QEMU in dom0, from 6.1 on, has no disk for it, and libxl can then put no medium in; "+
+			"an image of no length is an empty drive that works", "devid", devid)
+	}
+	if k.Log.Enabled(ctx, slog.LevelDebug) {
+		rss, descriptors := usage()
+		k.Log.Debug("stubinit uses", "rss_kib", rss, "descriptors", descriptors)
+	}
 	return nil
+}
+
+// usage is what this process holds: that a change of media leaves nothing behind shows from one to the next.
+func usage() (rssKiB, descriptors int) {
+	if b, err := os.ReadFile("/proc/self/statm"); err == nil {
+		if fields := strings.Fields(string(b)); len(fields) > 1 {
+			pages, _ := strconv.Atoi(fields[1])
+			rssKiB = pages * os.Getpagesize() / 1024
+		}
+	}
+	if entries, err := os.ReadDir("/proc/self/fd"); err == nil {
+		descriptors = len(entries) - 1 // the one that read them
+	}
+	return rssKiB, descriptors
 }
 
 func (k *Keeper) keep(devid int, incarnation string) {
@@ -252,6 +277,9 @@ func (k *Keeper) removable(ctx context.Context) ([]int, error) {
 	return devids, nil
 }
 
+// empty is the incarnation of a drive without a medium.
+const empty = "empty"
+
 // incarnation tells one disk from the next under the same name: diskseq counts
 // every disk that the kernel has ever added (Linux 5.15).
 func (k *Keeper) incarnation(name string) (string, error) {
@@ -259,8 +287,36 @@ func (k *Keeper) incarnation(name string) (string, error) {
 	return strings.TrimSpace(string(b)), err
 }
 
+// present is the incarnation that is there, the empty drive included.
+func (k *Keeper) present(ctx context.Context, devid int, name string) (string, error) {
+	if k.isEmpty(ctx, devid) {
+		return empty, nil
+	}
+	return k.incarnation(name)
+}
+
+// isEmpty says that the toolstack has put no medium in. The backend's params are then a format alone ("aio:"), and QEMU in dom0
+// (from 6.1 on: "Could not stat file ”") makes no disk of it; libxl waits for its fdset all the same.
+func (k *Keeper) isEmpty(ctx context.Context, devid int) bool {
+	backend, err := k.Store.Read(ctx, "device/vbd/"+strconv.Itoa(devid)+"/backend")
+	if err != nil {
+		return false
+	}
+	params, err := k.Store.Read(ctx, backend+"/params")
+	return err == nil && (params == "" || strings.HasSuffix(params, ":"))
+}
+
 // gone says that an open failed because there is no disk, or none any more.
 func gone(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENXIO) }
+
+// openMedium opens what goes into the fdset: of an empty drive /dev/null, which nobody reads.
+func (k *Keeper) openMedium(ctx context.Context, devid int) (*os.File, string, error) {
+	if k.isEmpty(ctx, devid) {
+		f, err := os.Open(os.DevNull)
+		return f, empty, err
+	}
+	return k.open(devid)
+}
 
 // open opens a disk the way QEMU wants the fdset's member: read-only, which is the access mode that it asks for.
 func (k *Keeper) open(devid int) (f *os.File, incarnation string, err error) {
