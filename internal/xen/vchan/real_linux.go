@@ -43,6 +43,8 @@ type xen struct {
 	events *evtchn.File
 	wait   context.Context
 	stop   context.CancelFunc
+	// published says that both nodes are there, with their permissions.
+	published bool
 }
 
 func openXen(ctx context.Context, cfg Config) (*xen, error) {
@@ -93,9 +95,24 @@ func (x *xen) Share(pages, live int, port uint32) (Memory, error) {
 	return Memory{Bytes: p.Mem, Refs: p.Refs, Free: p.Close}, nil
 }
 
-// Publish writes both nodes in one transaction, so that no watch fires between
-// them. Only the client's domain may read them.
+// Publish makes the nodes in one transaction, so that no watch fires between
+// them. Only the client's domain may read them. Later it only writes the new
+// values: a round trip to xenstored each, and every client's greeting waits.
 func (x *xen) Publish(ctx context.Context, ref, port uint32) error {
+	if !x.published {
+		err := x.create(ctx, ref, port)
+		x.published = err == nil
+		return err
+	}
+	// In this order, as Transport says.
+	err := x.cfg.Store.Write(ctx, x.cfg.Path+"/event-channel", strconv.FormatUint(uint64(port), 10))
+	if err == nil {
+		err = x.cfg.Store.Write(ctx, x.cfg.Path+"/ring-ref", strconv.FormatUint(uint64(ref), 10))
+	}
+	return err
+}
+
+func (x *xen) create(ctx context.Context, ref, port uint32) error {
 	perms := []xenstore.Perm{
 		{Dom: x.self, Access: xenstore.None},
 		{Dom: x.cfg.Client, Access: xenstore.ReadOnly},
@@ -120,6 +137,7 @@ func (x *xen) Publish(ctx context.Context, ref, port uint32) error {
 
 // Unpublish removes what Publish has written.
 func (x *xen) Unpublish(ctx context.Context) error {
+	x.published = false
 	err := x.cfg.Store.Remove(ctx, x.cfg.Path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // the toolstack was faster

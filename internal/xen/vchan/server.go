@@ -114,6 +114,9 @@ type Listener struct {
 	open []*endpoint
 	// next is an endpoint whose publication has failed or is under way.
 	next *endpoint
+	// spare is what next will be. Nobody knows of it: it is made between
+	// sessions, when no client waits. nil: none.
+	spare *endpoint
 	// conn is the session of the client that is attached, nil if none is.
 	conn *Conn
 	// pending is a session that Accept has not returned yet.
@@ -217,6 +220,15 @@ func (l *Listener) scan() {
 	l.look()
 	for l.err == nil && l.attach() {
 	}
+	if l.err == nil && l.conn == nil && l.next == nil && l.spare == nil {
+		l.prepare()
+	}
+}
+
+// prepare makes the endpoint that the next publication is of. l.mu is held.
+func (l *Listener) prepare() {
+	// An error comes again when the endpoint is needed, and is told then.
+	l.spare, _ = newEndpoint(l.t, l.opt.LeftOrder, l.opt.RightOrder, l.trace)
 }
 
 // look finds out whether the session goes on. l.mu is held.
@@ -379,6 +391,9 @@ func (l *Listener) begin(e *endpoint) bool {
 // while xenstored is asked.
 func (l *Listener) publish(ctx context.Context) error {
 	if l.next == nil {
+		l.next, l.spare = l.spare, nil
+	}
+	if l.next == nil {
 		e, err := newEndpoint(l.t, l.opt.LeftOrder, l.opt.RightOrder, l.trace)
 		if err != nil {
 			return err
@@ -440,12 +455,14 @@ func (l *Listener) shutDown() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	gone := l.open
-	if l.next != nil {
-		gone = append(gone, l.next)
+	for _, e := range []*endpoint{l.next, l.spare} {
+		if e != nil {
+			gone = append(gone, e)
+		}
 	}
 	l.err = net.ErrClosed
 	l.fail(net.ErrClosed)
-	l.open, l.next = nil, nil
+	l.open, l.next, l.spare = nil, nil, nil
 
 	ctx, cancel := context.WithTimeout(context.Background(), publishLimit)
 	defer cancel()

@@ -21,8 +21,10 @@ type Transport interface {
 	// When they are unmapped here, however that comes about, the byte at
 	// offset live is cleared and port is notified.
 	Share(pages, live int, port uint32) (Memory, error)
-	// Publish tells clients where to find the endpoint, both values at once.
-	// A context that has an end is passed.
+	// Publish tells clients where to find the endpoint: both values at once, or
+	// port first. Clients read ref first, so that one who looks meanwhile finds
+	// the old ref with the new port, but never the new ref with the old port.
+	// Calls do not overlap. A context that has an end is passed.
 	Publish(ctx context.Context, ref, port uint32) error
 	// Unpublish takes that back.
 	Unpublish(ctx context.Context) error

@@ -202,7 +202,7 @@ func (x *Xen) Share(pages, live int, port uint32) (vchan.Memory, error) {
 	return m, nil
 }
 
-// Publish writes both nodes and fires watches.
+// Publish writes both nodes, one after the other, and fires watches.
 func (x *Xen) Publish(ctx context.Context, ref, port uint32) error {
 	x.traced("publish", ref)
 	err := x.fault("publish")
@@ -212,6 +212,9 @@ func (x *Xen) Publish(ctx context.Context, ref, port uint32) error {
 	if err != nil {
 		return err
 	}
+	old, _, _ := x.Published()
+	x.store(old, port)
+	x.traced("port published", port)
 	x.store(ref, port)
 	x.traced("published", ref)
 	return nil
