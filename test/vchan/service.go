@@ -51,12 +51,20 @@ var Services = []Service{
 const (
 	// ReadyNode is there when all services are.
 	ReadyNode = "data/ready"
-	// IdleNode is written by dom0: for how many seconds to count. Each write is a request.
-	IdleNode = "data/idle"
-	// SwitchesNode is the answer: a JSON object from a service's name to the context switches of all its threads.
-	SwitchesNode = "data/switches"
-	// ExitsNode is how often a Reference has ended and was started again.
+	// RequestNode is written by dom0, and AnswerNode when that is done.
+	RequestNode = "data/request"
+	AnswerNode  = "data/answer"
+	// ExitsNode is how often a Reference has ended by itself and was started again.
 	ExitsNode = "data/reference-exits"
+)
+
+// What dom0 can request.
+const (
+	// RequestSwitches is followed by a space and a number of seconds. The answer is a JSON object from each service's name to
+	// the context switches of all its threads in that time.
+	RequestSwitches = "switches"
+	// RequestRestart starts every Reference anew.
+	RequestRestart = "restart"
 )
 
 // Commands of the QMP servers beside qmp_capabilities and query-status.

@@ -220,6 +220,7 @@ static enum outcome execute(struct conn *c, const char *command, int64_t until, 
 {
 	static unsigned long last;
 	char request[200], id[40], *line;
+	size_t length;
 	enum outcome o;
 
 	snprintf(id, sizeof(id), "\"id\": \"%ld.%lu\"", (long)getpid(), ++last);
@@ -229,12 +230,14 @@ static enum outcome execute(struct conn *c, const char *command, int64_t until, 
 		o = get_line(c, &line, until, command);
 		if (o != OK || !strncmp(line, "{\"timestamp\"", 12))
 			continue;
-		if (!strstr(line, id) || !strstr(line, "\"return\""))
+		/* Of a large answer only its ends are looked at: what is to be measured is not this. */
+		length = strlen(line);
+		if (strncmp(line, "{\"return\": ", 11) || !strstr(line + (length > 100 ? length - 100 : 0), id))
 			return fault(WRONG, "in place of the answer to %s: %.80s", request, line);
-		if (line[strlen(line) - 1] != '\r')
+		if (line[length - 1] != '\r')
 			return fault(WRONG, "the answer's line does not end with CRLF");
 		if (size)
-			*size = strlen(line) + 1;
+			*size = length + 1;
 		return OK;
 	}
 	return o;
@@ -624,6 +627,7 @@ int main(int argc, char **argv)
 	line_buffer = malloc(LINE_MAX_BYTES);
 	if (!line_buffer)
 		die("no memory");
+	memset(line_buffer, 0, LINE_MAX_BYTES); /* no page faults later */
 	for (size_t i = 0; i < sizeof(modes) / sizeof(modes[0]); i++)
 		if (!strcmp(argv[1], modes[i].name)) {
 			modes[i].run();

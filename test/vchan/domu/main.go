@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -124,7 +125,9 @@ func keep(ctx context.Context, xs *xenstore.Client, s vchan.Service, pid *atomic
 		pid.Store(int32(cmd.Process.Pid))
 		err := cmd.Wait()
 		fmt.Fprintf(os.Stderr, "domu: %s ended after %v: %v\n", s.Name, time.Since(began), err)
-		if err := xs.Write(ctx, vchan.ExitsNode, strconv.Itoa(exits)); err != nil {
+		if status, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); ok && status.Signal() == unix.SIGKILL {
+			exits-- // it was our doing
+		} else if err := xs.Write(ctx, vchan.ExitsNode, strconv.Itoa(exits)); err != nil {
 			ended <- err
 			return
 		}
@@ -137,16 +140,13 @@ func keep(ctx context.Context, xs *xenstore.Client, s vchan.Service, pid *atomic
 
 // answer says when all is served, and then counts for dom0.
 func answer(ctx context.Context, xs *xenstore.Client, pids []atomic.Int32) error {
-	for _, s := range vchan.Services {
-		there := func(_ string, exists bool) bool { return exists }
-		if _, err := xs.WaitFor(ctx, "data/"+s.Name+"/event-channel", there); err != nil {
-			return err
-		}
-	}
-	if err := xs.Write(ctx, vchan.IdleNode, ""); err != nil {
+	if err := awaitServices(ctx, xs); err != nil {
 		return err
 	}
-	requests, err := xs.Watch(ctx, vchan.IdleNode)
+	if err := xs.Write(ctx, vchan.RequestNode, ""); err != nil {
+		return err
+	}
+	requests, err := xs.Watch(ctx, vchan.RequestNode)
 	if err != nil {
 		return err
 	}
@@ -157,34 +157,74 @@ func answer(ctx context.Context, xs *xenstore.Client, pids []atomic.Int32) error
 		if _, err := requests.Next(ctx); err != nil {
 			return err
 		}
-		text, err := xs.Read(ctx, vchan.IdleNode)
+		text, err := xs.Read(ctx, vchan.RequestNode)
 		if err != nil {
 			return err
 		}
-		seconds, err := strconv.Atoi(text)
+		request, argument, _ := strings.Cut(text, " ")
+		var result string
+		switch request {
+		case vchan.RequestSwitches:
+			result, err = countSwitches(pids, argument)
+		case vchan.RequestRestart:
+			result, err = "done", restart(ctx, xs, pids)
+		default:
+			continue // the watch's first event
+		}
 		if err != nil {
-			continue
+			return fmt.Errorf("request %q: %w", text, err)
 		}
-		before, err := allSwitches(pids)
-		if err != nil {
-			return err
-		}
-		time.Sleep(time.Duration(seconds) * time.Second)
-		after, err := allSwitches(pids)
-		if err != nil {
-			return err
-		}
-		for name := range after {
-			after[name] -= before[name]
-		}
-		result, err := json.Marshal(after)
-		if err != nil {
-			return err
-		}
-		if err := xs.Write(ctx, vchan.SwitchesNode, string(result)); err != nil {
+		if err := xs.Write(ctx, vchan.AnswerNode, result); err != nil {
 			return err
 		}
 	}
+}
+
+func awaitServices(ctx context.Context, xs *xenstore.Client) error {
+	for _, s := range vchan.Services {
+		there := func(_ string, exists bool) bool { return exists }
+		if _, err := xs.WaitFor(ctx, "data/"+s.Name+"/event-channel", there); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// restart kills every reference; keep starts it again.
+func restart(ctx context.Context, xs *xenstore.Client, pids []atomic.Int32) error {
+	for i, s := range vchan.Services {
+		if s.Kind != vchan.Reference {
+			continue
+		}
+		if err := xs.Remove(ctx, "data/"+s.Name); err != nil {
+			return err
+		}
+		if err := unix.Kill(int(pids[i].Load()), unix.SIGKILL); err != nil {
+			return err
+		}
+	}
+	return awaitServices(ctx, xs)
+}
+
+func countSwitches(pids []atomic.Int32, text string) (string, error) {
+	seconds, err := strconv.Atoi(text)
+	if err != nil {
+		return "", err
+	}
+	before, err := allSwitches(pids)
+	if err != nil {
+		return "", err
+	}
+	time.Sleep(time.Duration(seconds) * time.Second)
+	count, err := allSwitches(pids)
+	if err != nil {
+		return "", err
+	}
+	for name := range count {
+		count[name] -= before[name]
+	}
+	result, err := json.Marshal(count)
+	return string(result), err
 }
 
 func allSwitches(pids []atomic.Int32) (map[string]int, error) {
@@ -268,7 +308,7 @@ func serve(ctx context.Context, name string) error {
 		Path:   "data/" + name,
 		Store:  xs,
 		Options: xenvchan.Options{
-			LeftOrder: s.Left, RightOrder: s.Right, Log: log, Marker: s.Kind == vchan.Bridge,
+			LeftOrder: s.Left, RightOrder: s.Right, Marker: s.Kind == vchan.Bridge, Log: log,
 		},
 	})
 	if err != nil {

@@ -23,11 +23,11 @@ const (
 
 var event = []byte(strings.Repeat(`{"timestamp": {"seconds": 1700000000, "microseconds": 123456}, "event": "STOP"}`+"\r\n", burst))
 
-// large is an answer of 900 KiB, of the kind of query-qmp-schema's.
-var large = sync.OnceValue(func() string {
+// large is what CommandLarge returns, 900 KiB, of the kind of query-qmp-schema's.
+var large = sync.OnceValue(func() []byte {
 	const one = `{"name": "135", "members": [{"name": "type", "type": "int"}, {"name": "filename", "default": null, "type": "str"}], "meta-type": "object"}`
 	n := 900 << 10 / (len(one) + 2)
-	return "[" + strings.Repeat(one+", ", n-1) + one + "]"
+	return []byte("[" + strings.Repeat(one+", ", n-1) + one + "]")
 })
 
 // A qmpServer speaks QMP with one client at a time, as QEMU's monitor does, and knows a few commands.
@@ -60,6 +60,7 @@ func (s *qmpServer) session(c net.Conn) {
 			id = fmt.Sprintf(`, "id": %s`, request.ID)
 		}
 		answer := fmt.Sprintf(`{"error": {"class": "CommandNotFound", "desc": "The command %s has not been found"}`, request.Execute)
+		var more []byte // without a copy: what is behind the services must not be what is measured
 		switch request.Execute {
 		case "qmp_capabilities":
 			answer = `{"return": {}`
@@ -69,12 +70,16 @@ func (s *qmpServer) session(c net.Conn) {
 		case "query-status":
 			answer = `{"return": {"status": "running", "singlestep": false, "running": true}`
 		case vchan.CommandLarge:
-			answer = `{"return": ` + large()
+			answer, more = `{"return": `, large()
 		case vchan.CommandStormOn, vchan.CommandStormOff:
 			s.storm.Store(request.Execute == vchan.CommandStormOn)
 			answer = `{"return": {}`
 		}
-		if _, err := c.Write([]byte(answer + id + "}\r\n")); err != nil {
+		line := net.Buffers{[]byte(answer), more, []byte(id + "}\r\n")}
+		if more == nil {
+			line = net.Buffers{[]byte(answer + id + "}\r\n")}
+		}
+		if _, err := line.WriteTo(c); err != nil {
 			return
 		}
 	}
