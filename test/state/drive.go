@@ -41,7 +41,7 @@ func drive(ctx context.Context, args []string, out io.Writer) error {
 	socket := flags.String("socket", "", "its channel's `socket`")
 	rounds := flags.Int("rounds", 20, "streams to send, with console.OpenRaw at the other end")
 	size := flags.Int("bytes", 256<<10, "length of a stream")
-	naive := flags.Int("naive", 3, "streams to send first to a guest that opens the console naively")
+	naive := flags.Int("naive", 3, "streams to send first for each way that is not console.OpenRaw")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -69,8 +69,14 @@ func drive(ctx context.Context, args []string, out io.Writer) error {
 		return err
 	}
 	wrong := 0
-	for i := range *naive + *rounds {
-		r := request{Round: i, Bytes: *size, Naive: i < *naive}
+	for i := range 2**naive + *rounds {
+		r := request{Round: i, Bytes: *size, Way: raw}
+		switch {
+		case i < *naive:
+			r.Way = quick
+		case i < 2**naive:
+			r.Way = stty
+		}
 		moment := moments[i%len(moments)]
 		echoed := d.echoed.Load()
 		start := time.Now()
@@ -80,13 +86,10 @@ func drive(ctx context.Context, args []string, out io.Writer) error {
 		}
 		took := time.Since(start)
 		echo := d.echoed.Load() - echoed
-		way := "raw"
-		if r.Naive {
-			way = "naive"
-		} else if !o.exact() || echo != 0 {
+		if r.Way == raw && (!o.exact() || echo != 0) {
 			wrong++
 		}
-		fmt.Fprintf(out, "way=%s moment=%q %v echoed=%d took=%s\n", way, moment, o, echo, took.Round(time.Millisecond))
+		fmt.Fprintf(out, "way=%s moment=%q %v echoed=%d took=%s\n", r.Way, moment, o, echo, took.Round(time.Millisecond))
 	}
 	if err := d.xs.Write(ctx, d.domain+orderNode, "end"); err != nil {
 		return err

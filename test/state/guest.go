@@ -72,8 +72,11 @@ func obey(ctx context.Context) error {
 // receive opens the console and reads a stream from it.
 func receive(r request, opened func() error) ([]byte, error) {
 	open := console.OpenRaw
-	if r.Naive {
-		open = openNaive
+	switch r.Way {
+	case quick:
+		open = func(path string, flag int) (*os.File, error) { return openNaive(path, flag, 0) }
+	case stty:
+		open = func(path string, flag int) (*os.File, error) { return openNaive(path, flag, sttyStart) }
 	}
 	f, err := open(streamConsole, os.O_RDONLY)
 	if err != nil {
@@ -107,12 +110,17 @@ func receive(r request, opened func() error) ([]byte, error) {
 	}
 }
 
-// openNaive is what a program does that does not know better.
-func openNaive(path string, flag int) (*os.File, error) {
+// sttyStart is what a shell takes to fork and execute stty.
+const sttyStart = 5 * time.Millisecond
+
+// openNaive opens the console like any file, and makes it raw after a while. That may be soon enough, as khvcd and the
+// kworker must run in between for a byte to be lost.
+func openNaive(path string, flag int, pause time.Duration) (*os.File, error) {
 	fd, err := unix.Open(path, flag|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
+	time.Sleep(pause)
 	t, err := unix.IoctlGetTermios(fd, unix.TCGETS)
 	if err == nil {
 		t.Iflag, t.Oflag, t.Lflag = 0, 0, 0

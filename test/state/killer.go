@@ -1,15 +1,19 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stubinit/stubinit/internal/xen/xenstore"
 )
 
 const (
@@ -18,6 +22,9 @@ const (
 	realQEMU   = "/usr/libexec/xen-qemu-system-i386"
 	killArg    = "kill"
 )
+
+// armNode of the stubdomain makes the killer kill; without it QEMU is like any other.
+const armNode = "data/kill"
 
 // killer becomes the real QEMU, and leaves a process behind that kills it as soon as it has written some of a state.
 func killer() error {
@@ -39,8 +46,19 @@ func killer() error {
 	return unix.Exec(realQEMU, append([]string{realQEMU}, os.Args[1:]...), os.Environ())
 }
 
-// killAtSave looks at fdset 1's memory file every 200 µs, before QEMU runs on: SCHED_FIFO.
+// killAtSave waits until dom0 says so, and then looks at fdset 1's memory file every 200 µs, before QEMU runs on:
+// SCHED_FIFO.
 func killAtSave(pid int) error {
+	xs, err := xenstore.Open()
+	if err != nil {
+		return err
+	}
+	defer xs.Close()
+	_, err = xs.WaitFor(context.Background(), armNode, func(_ string, exists bool) bool { return exists })
+	if err != nil {
+		return err
+	}
+	runtime.LockOSThread()
 	attr := &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO, Priority: 10}
 	if err := unix.SchedSetAttr(0, attr, 0); err != nil {
 		return fmt.Errorf("sched_setattr: %w", err)

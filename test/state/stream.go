@@ -60,14 +60,21 @@ func parseOutcome(s string) (o outcome, err error) {
 // A request is what dom0 asks the guest for, in the node data/order.
 type request struct {
 	Round, Bytes int
-	Naive        bool // open the console like any file, then make it raw
+	Way          string
 }
 
+// Ways to open the console.
+const (
+	raw   = "raw"   // console.OpenRaw
+	quick = "quick" // open it like any file, then make it raw at once
+	stty  = "stty"  // the same with the time that a shell takes to start stty in between
+)
+
 func (r request) String() string {
-	return fmt.Sprintf("round=%d bytes=%d naive=%t", r.Round, r.Bytes, r.Naive)
+	return fmt.Sprintf("round=%d bytes=%d way=%s", r.Round, r.Bytes, r.Way)
 }
 
 func parseRequest(s string) (r request, err error) {
-	_, err = fmt.Sscanf(s, "round=%d bytes=%d naive=%t", &r.Round, &r.Bytes, &r.Naive)
+	_, err = fmt.Sscanf(s, "round=%d bytes=%d way=%s", &r.Round, &r.Bytes, &r.Way)
 	return r, err
 }

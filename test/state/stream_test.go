@@ -56,7 +56,7 @@ func TestCompare(t *testing.T) {
 }
 
 func TestRequest(t *testing.T) {
-	r := request{Round: 7, Bytes: 4 << 20, Naive: true}
+	r := request{Round: 7, Bytes: 4 << 20, Way: stty}
 	if back, err := parseRequest(r.String()); err != nil || back != r {
 		t.Errorf("%v comes back as %v, %v", r, back, err)
 	}
