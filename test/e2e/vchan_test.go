@@ -110,7 +110,7 @@ func TestVchan(t *testing.T) {
 		const seconds = 10
 		counts := d.idle(t, ctx, seconds)
 		t.Logf("context switches in %d s: %v", seconds, counts)
-		// Once a minute Go's runtime looks after itself: what woke up there does not wake up in the next 10 s.
+		// After work Go's runtime gives memory back, and once a minute it looks after itself: one of two windows is without.
 		again := d.idle(t, ctx, seconds)
 		t.Logf("context switches in the next %d s: %v", seconds, again)
 		for _, s := range vchan.Services {
