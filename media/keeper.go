@@ -21,6 +21,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -194,24 +195,21 @@ func (k *Keeper) give(ctx context.Context, qmp Monitor, devid int, start time.Ti
 			"an image of no length is an empty drive that works", "devid", devid)
 	}
 	if k.Log.Enabled(ctx, slog.LevelDebug) {
-		rss, descriptors := usage()
-		k.Log.Debug("stubinit uses", "rss_kib", rss, "descriptors", descriptors)
+		heap, descriptors := usage()
+		k.Log.Debug("stubinit uses", "heap_kib", heap, "descriptors", descriptors)
 	}
 	return nil
 }
 
 // usage is what this process holds: that a change of media leaves nothing behind shows from one to the next.
-func usage() (rssKiB, descriptors int) {
-	if b, err := os.ReadFile("/proc/self/statm"); err == nil {
-		if fields := strings.Fields(string(b)); len(fields) > 1 {
-			pages, _ := strconv.Atoi(fields[1])
-			rssKiB = pages * os.Getpagesize() / 1024
-		}
-	}
+func usage() (heapKiB uint64, descriptors int) {
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
 	if entries, err := os.ReadDir("/proc/self/fd"); err == nil {
 		descriptors = len(entries) - 1 // the one that read them
 	}
-	return rssKiB, descriptors
+	return m.HeapAlloc / 1024, descriptors
 }
 
 func (k *Keeper) keep(devid int, incarnation string) {
