@@ -15,7 +15,7 @@ ICOUNT ?= 1
 LABFLAGS := $(if $(filter 1,$(ICOUNT)),-icount)
 
 .DELETE_ON_ERROR:
-.PHONY: help deps build initrd guest lab lab-shell test test-plain test-integration test-lab check soak clean FORCE
+.PHONY: help deps build initrd guest lab lab-shell test test-plain test-integration test-lab bench check soak clean FORCE
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
@@ -24,6 +24,7 @@ help:
 # make initrd builds the image for SUITE (trixie, bookworm) in build/SUITE
 # make check  is for before a commit: format, vet, staticcheck, race detector, arm64
 # make soak   is for what takes too long for every change
+# make bench  measures the QMP endpoint against Debian's vchan-socket-proxy: docs/vchan-bench.md
 # make lab-shell  gives a shell in the lab's dom0
 
 deps:
@@ -68,6 +69,10 @@ test-lab: $(SUITES:%=initrd-%) guest
 
 soak: $(SUITES:%=initrd-%) guest
 	@scripts/test-lab $(LABFLAGS) -soak -- $(SUITES)
+
+bench: initrd guest
+	@mkdir -p docs
+	$(GO) test -tags lab -count 1 -timeout 60m -v ./test/e2e -suite $(SUITE) -name bench -icount -run 'TestVchan/Speed' -vchan-table $(CURDIR)/docs/vchan-bench.md
 
 check: deps
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$unformatted" ] || { echo "gofmt -w $$unformatted" >&2; exit 1; }
