@@ -128,7 +128,9 @@ func (s *stateSaver) limit() error {
 	if err != nil {
 		return err
 	}
-	s.most = max(0, int64(available)<<10-spareMemory)
+	if s.most = int64(available)<<10 - spareMemory; s.most <= 0 {
+		return fmt.Errorf("no room for a state: %d KiB of memory are free, %d must stay so: raise stubdomain_memory in xl.cfg", available, spareMemory>>10)
+	}
 	return s.setLimit(uint64(s.most))
 }
 
@@ -145,7 +147,7 @@ func (s *stateSaver) setLimit(bytes uint64) error {
 
 // tooLarge is why QEMU could not save, if it was the limit.
 func (s *stateSaver) tooLarge() error {
-	if s.state == nil || s.most == 0 {
+	if s.state == nil || s.most <= 0 {
 		return nil
 	}
 	info, err := s.state.Stat()
@@ -189,7 +191,8 @@ func (s *stateSaver) Abort(ctx context.Context, cause error) error {
 	if large := s.tooLarge(); large != nil {
 		cause = fmt.Errorf("%w: %w", cause, large)
 	}
-	s.log.Error("save failed; the guest goes on", "err", cause)
+	// libxl removes console 1's file after a failed save, and cannot open it after another.
+	s.log.Error("save failed; the guest goes on, and must be restarted before libxl can save it", "err", cause)
 	err := s.renew(ctx)
 	if e := s.setLimit(unix.RLIM_INFINITY); err == nil {
 		err = e
