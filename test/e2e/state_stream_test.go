@@ -1,0 +1,124 @@
+//go:build lab
+
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/u-root/u-root/pkg/cpio"
+
+	"github.com/stubinit/stubinit/test/lab"
+)
+
+// stateProgram builds test/state, which has a part on each side of a console.
+func stateProgram(t *testing.T) []byte {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "state")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", file, "./test/state")
+	build.Dir = lab.Top()
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("go build test/state: %v\n%s", err, out)
+	}
+	program, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return program
+}
+
+// archive is an initramfs with one program in it.
+func archive(t *testing.T, name string, program []byte) []byte {
+	t.Helper()
+	var records []cpio.Record
+	for i, c := range name {
+		if c == '/' {
+			records = append(records, cpio.Directory(name[:i], 0o755))
+		}
+	}
+	var b bytes.Buffer
+	w := cpio.Newc.Writer(&b)
+	if err := cpio.WriteRecords(w, append(records, cpio.StaticFile(name, string(program), 0o755))); err != nil {
+		t.Fatal(err)
+	}
+	if err := cpio.WriteTrailer(w); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+// A stream of all byte values arrives whole at a console that console.OpenRaw opened, and nothing of it comes back,
+// whether the stream begins before the console is opened, at the same time, or later. What a shell gets, which opens
+// the console and starts stty, shows that the streams would tell: bytes changed, lost, and sent back.
+func TestStateStream(t *testing.T) {
+	ctx := limit(t, 4*time.Minute)
+	rounds, size := 20, 256<<10
+	if *soak {
+		ctx = limit(t, time.Hour)
+		rounds, size = 200, 4<<20
+	}
+	l := boot(t)
+	program := stateProgram(t)
+	for name, data := range map[string][]byte{"/root/state": program, "/root/state.cpio": archive(t, "init", program)} {
+		if err := l.Put(ctx, name, 0o755, bytes.NewReader(data)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const socket = "/run/stream.socket"
+	config := fmt.Sprintf(`name = "stream"
+type = "pv"
+kernel = "%s/qemu-stubdom-linux-kernel"
+ramdisk = "/root/state.cpio"
+memory = 160
+vcpus = 1
+extra = "quiet"
+on_crash = "preserve"
+channel = ["name=stream,connection=socket,path=%s"]
+`, l.Suite.StubdomDir(), socket)
+	if err := l.Put(ctx, "/root/stream.cfg", 0o644, strings.NewReader(config)); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { checkClean(t, cleanup(t), l) })
+	t.Cleanup(func() {
+		if t.Failed() {
+			out, err := l.Run(cleanup(t), `tail -n 20 /var/log/xen/console/guest-stream.log /var/log/xen/*stream.log; xl list`)
+			t.Log(out, err)
+		}
+		// At the end of the streams the guest powers off by itself.
+		if _, err := l.Run(cleanup(t), `xl destroy stream 2>/dev/null || ! xl domid stream 2>/dev/null; rm -f "$1"`, socket); err != nil {
+			t.Error(err)
+		}
+	})
+	if _, err := l.Run(ctx, `xl create /root/stream.cfg`); err != nil {
+		t.Fatal(err)
+	}
+	out, err := l.Run(ctx, `/root/state drive -domid "$(xl domid stream)" -socket "$1" -rounds "$2" -bytes "$3"`, socket, fmt.Sprint(rounds), fmt.Sprint(size))
+	t.Logf("%s", out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	exact := fmt.Sprintf("received=%d missing=0 extra=0 different=0 first=-1 echoed=0 ", size)
+	if n := strings.Count(out, exact); strings.Count(out, "way=raw ") != rounds || n < rounds {
+		t.Errorf("%d streams arrived as they were sent, want %d", n, rounds)
+	}
+	late := regexp.MustCompile(`(?m)^way=stty moment="late" .*$`).FindString(out)
+	if late == "" || strings.Contains(late, exact) {
+		t.Errorf("the streams tell no difference: %s", late)
+	}
+}
+
+// cleanup is a context for what is done at the end of a test, when its own context is over.
+func cleanup(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	t.Cleanup(cancel)
+	return ctx
+}
