@@ -242,7 +242,7 @@ func TestUnbindIsBounded(t *testing.T) {
 	n := openNetwork(t, Options{Sys: sys})
 	p := &port{NIC: NIC{Vif: 2, Backend: "/local/domain/5/backend/vif/8/2"}}
 	for range 2 { // the second call waits for the same write
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 		err := n.unbind(ctx, p)
 		cancel()
 		if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), p.Backend) {

@@ -61,7 +61,7 @@ func TestWaitDevices(t *testing.T) {
 	if err := a.waitDevices(t.Context(), []string{"/dev/hvc0"}); err != nil {
 		t.Errorf("a device that is there: %v", err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
 	err := a.waitDevices(ctx, []string{"/dev/hvc0", "/dev/xvdbxy", "/dev/xvdbxz", "/dev/xvdbya", "/dev/xvdzzz", "/dev/hvc9999"})
 	if err == nil {

@@ -663,7 +663,7 @@ func TestExecuteWithFileUnanswered(t *testing.T) {
 	}
 	defer null.Close()
 	for i, want := range []string{"qmp add-fd: no answer", "qmp add-fd: not sent"} {
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 		_, err := m.ExecuteWithFile(ctx, "add-fd", nil, null)
 		cancel()
 		contains(t, err, want)
