@@ -23,7 +23,7 @@ func TestQMPServer(t *testing.T) {
 		ln.Close()
 		<-done
 	}()
-	sawEvent := false
+	const storm = 2 // the session in which events come
 	for n, commands := range [][]string{
 		{"qmp_capabilities", "query-status", vchan.CommandLarge},
 		{"qmp_capabilities", vchan.CommandStormOn},
@@ -48,8 +48,7 @@ func TestQMPServer(t *testing.T) {
 		for i, command := range commands {
 			fmt.Fprintf(c, "{\"execute\": %q, \"id\": \"%d.%d\"}\r\n", command, n, i)
 			line := next()
-			for strings.HasPrefix(line, `{"timestamp"`) {
-				sawEvent = true
+			for isEvent(line) {
 				line = next()
 			}
 			var answer struct {
@@ -65,10 +64,14 @@ func TestQMPServer(t *testing.T) {
 			if size := len(answer.Return); command == vchan.CommandLarge && (size < 899<<10 || size > 900<<10) {
 				t.Errorf("%s: %d bytes, want 900 KiB", command, size)
 			}
+			if n == storm && command == "qmp_capabilities" {
+				// The storm begins with this answer: its first event may still be on the way.
+				for !isEvent(next()) {
+				}
+			}
 		}
 		c.Close()
 	}
-	if !sawEvent {
-		t.Error("no event came in the storm")
-	}
 }
+
+func isEvent(line string) bool { return strings.HasPrefix(line, `{"timestamp"`) }
