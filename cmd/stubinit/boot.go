@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stubinit/stubinit/internal/console"
+	"github.com/stubinit/stubinit/internal/fdio"
 	"github.com/stubinit/stubinit/internal/qemu"
 	"github.com/stubinit/stubinit/internal/qmp"
 	"github.com/stubinit/stubinit/internal/uevent"
@@ -489,7 +490,7 @@ func (a *agent) bridgeStep(ctx context.Context) error {
 	pci := &qmpbridge.PCI{Xenstore: a.xs}
 	a.service(ctx, "QMP endpoint", func(ctx context.Context) error {
 		return qmpbridge.Serve(ctx, a.endpoint, qmpbridge.Options{
-			Dial:     func(ctx context.Context) (net.Conn, error) { return dial(ctx, bridgeSocket) },
+			Dial:     func(ctx context.Context) (net.Conn, error) { return fdio.DialUnix(ctx, bridgeSocket) },
 			PCIReady: pci.Ready,
 			Save:     a.state,
 			Log:      a.log,

@@ -3,12 +3,10 @@
 package evtchn
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"slices"
 	"sync"
 	"syscall"
@@ -61,11 +59,13 @@ type device interface {
 type File struct {
 	waiting sync.Mutex // held by Wait; guards buf
 	buf     []byte     // ports that were read and not yet returned
+	space   [256]byte  // of buf
 
-	mu     sync.Mutex
-	dev    device
-	ports  []uint32 // bound
-	closed bool
+	mu          sync.Mutex
+	dev         device
+	ports       []uint32 // bound
+	interrupted bool
+	closed      bool
 }
 
 // Open opens Device.
@@ -155,12 +155,9 @@ func (f *File) Close() error {
 // Wait. Events of one port that come close together are one.
 // After an error that is ErrOverflow the caller should look at every channel
 // and may go on.
-func (f *File) Wait(ctx context.Context) (uint32, error) {
+func (f *File) Wait() (uint32, error) {
 	f.waiting.Lock()
 	defer f.waiting.Unlock()
-	if err := ctx.Err(); err != nil {
-		return 0, &Error{Op: "wait for an event", Err: err}
-	}
 	for {
 		if port, ok := f.next(); ok {
 			if err := f.unmask(port); err != nil {
@@ -168,10 +165,19 @@ func (f *File) Wait(ctx context.Context) (uint32, error) {
 			}
 			return port, nil
 		}
-		if err := f.fill(ctx); err != nil {
+		if err := f.fill(); err != nil {
 			return 0, &Error{Op: "wait for an event", Err: err}
 		}
 	}
+}
+
+// Interrupt ends Wait for good: it fails with an error that is fs.ErrClosed. All
+// else goes on working.
+func (f *File) Interrupt() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.interrupted = true
+	f.dev.SetReadDeadline(time.Unix(1, 0)) // fails only when closed, which wakes Wait too
 }
 
 // next takes a port that is still bound from what was read.
@@ -191,7 +197,7 @@ func (f *File) next() (uint32, bool) {
 // unmask lets the kernel deliver the ports again. The write is never short:
 // the kernel takes whole arrays of up to a page.
 func (f *File) unmask(ports ...uint32) error {
-	var b []byte
+	b := make([]byte, 0, 64)
 	for _, port := range ports {
 		b = binary.LittleEndian.AppendUint32(b, port)
 	}
@@ -208,53 +214,49 @@ func (f *File) unmask(ports ...uint32) error {
 }
 
 // fill reads ports into buf.
-func (f *File) fill(ctx context.Context) error {
-	f.mu.Lock()
-	dev, closed := f.dev, f.closed
-	f.mu.Unlock()
-	if closed {
-		return fs.ErrClosed
+func (f *File) fill() error {
+	dev, err := f.reader()
+	if err != nil {
+		return err
 	}
-	interrupted := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		dev.SetReadDeadline(time.Unix(1, 0)) // fails only when closed, which wakes Read too
-		close(interrupted)
-	})
-	b := make([]byte, 256)
-	n, err := dev.Read(b)
-	if !stop() {
-		<-interrupted
-		dev.SetReadDeadline(time.Time{})
-	}
+	n, err := dev.Read(f.space[:])
 	if err == nil {
-		return f.keep(b[:n])
+		return f.keep(n)
+	}
+	if _, over := f.reader(); over != nil {
+		return over
 	}
 	err = bare(err)
-	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return ctx.Err()
-	case errors.Is(err, os.ErrClosed):
-		return fs.ErrClosed
-	case errors.Is(err, syscall.EFBIG):
+	if errors.Is(err, syscall.EFBIG) {
 		return f.resetRing(dev)
 	}
 	// An overflow makes poll report POLLERR alone, which Go's poller turns into
 	// an error of its own without reading: ask the device.
-	n, direct := dev.readNow(b)
+	n, direct := dev.readNow(f.space[:])
 	switch {
 	case direct == nil:
-		return f.keep(b[:n])
+		return f.keep(n)
 	case errors.Is(direct, syscall.EFBIG):
 		return f.resetRing(dev)
 	}
 	return err
 }
 
-func (f *File) keep(b []byte) error {
-	if len(b) == 0 || len(b)%4 != 0 {
-		return fmt.Errorf("read gave %d bytes, not a number of ports", len(b))
+// reader gives the device to wait on.
+func (f *File) reader() (device, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed || f.interrupted {
+		return nil, fs.ErrClosed
 	}
-	f.buf = b
+	return f.dev, nil
+}
+
+func (f *File) keep(n int) error {
+	if n == 0 || n%4 != 0 {
+		return fmt.Errorf("read gave %d bytes, not a number of ports", n)
+	}
+	f.buf = f.space[:n]
 	return nil
 }
 
@@ -274,6 +276,9 @@ func (f *File) resetRing(dev device) error {
 	}
 	if err == nil {
 		f.dev = renewed
+		if f.interrupted {
+			renewed.SetReadDeadline(time.Unix(1, 0))
+		}
 		err = dev.Close()
 	}
 	ports := slices.Clone(f.ports)

@@ -1,7 +1,6 @@
 package evtchn
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -109,10 +108,11 @@ func send(t *testing.T, xen *os.File, b []byte) {
 	}
 }
 
-func within(t *testing.T) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-	t.Cleanup(cancel)
-	return ctx
+// wait is Wait with a limit.
+func wait(f *File) (uint32, error) {
+	limit := time.AfterFunc(10*time.Second, f.Interrupt)
+	defer limit.Stop()
+	return f.Wait()
 }
 
 // The numbers are those that a C program with sys/evtchn.h prints.
@@ -170,7 +170,7 @@ func TestWait(t *testing.T) {
 	f, _, xen := open(t, 3, 7)
 	send(t, xen, ports(3, 99, 7, 3)) // 99 was unbound meanwhile
 	for _, want := range []uint32{3, 7, 3} {
-		port, err := f.Wait(within(t))
+		port, err := wait(f)
 		if port != want || err != nil {
 			t.Fatalf("port %d, %v, want %d", port, err, want)
 		}
@@ -181,7 +181,7 @@ func TestWait(t *testing.T) {
 	// One that comes while Wait sleeps.
 	got := make(chan uint32)
 	go func() {
-		port, err := f.Wait(within(t))
+		port, err := wait(f)
 		if err != nil {
 			t.Error(err)
 		}
@@ -194,61 +194,75 @@ func TestWait(t *testing.T) {
 }
 
 func TestWaitEnds(t *testing.T) {
-	f, _, xen := open(t, 3)
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
-	defer cancel()
-	for range 2 { // before and while it waits
-		_, err := f.Wait(ctx)
-		if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "wait for an event") {
-			t.Errorf("err = %v", err)
-		}
+	for name, end := range map[string]func(*File){
+		"Interrupt": (*File).Interrupt,
+		"Close":     func(f *File) { f.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, dev, xen := open(t, 3)
+			ended := make(chan error)
+			go func() {
+				_, err := f.Wait()
+				ended <- err
+			}()
+			for f.waiting.TryLock() { // until it waits
+				f.waiting.Unlock()
+			}
+			end(f)
+			if err := <-ended; !errors.Is(err, fs.ErrClosed) || !strings.Contains(err.Error(), "wait for an event") {
+				t.Errorf("while it waits: %v", err)
+			}
+			if _, err := f.Wait(); !errors.Is(err, fs.ErrClosed) {
+				t.Errorf("afterwards: %v", err)
+			}
+			dev.calls = nil
+			err, unmaskErr := f.Notify(3), f.unmask(3)
+			if name == "Close" {
+				if !errors.Is(err, fs.ErrClosed) || !errors.Is(unmaskErr, fs.ErrClosed) {
+					t.Errorf("closed: notify %v, unmask %v", err, unmaskErr)
+				}
+				return
+			}
+			if err != nil || unmaskErr != nil {
+				t.Errorf("interrupted: notify %v, unmask %v", err, unmaskErr)
+			}
+			if diff := cmp.Diff(ports(3), unmasked(t, xen)); diff != "" {
+				t.Error("unmask:", diff)
+			}
+		})
 	}
-	// A context that has ended leaves nothing behind for the next Wait.
-	send(t, xen, ports(3))
-	if port, err := f.Wait(within(t)); port != 3 || err != nil {
-		t.Errorf("port %d, %v", port, err)
+	// An overflow meanwhile: the descriptor that takes the place of the old one wakes too.
+	f, dev, _ := open(t, 3)
+	f.Interrupt()
+	if err := f.resetRing(dev); !errors.Is(err, ErrOverflow) {
+		t.Fatal(err)
 	}
-	ended := make(chan error)
-	go func() {
-		_, err := f.Wait(t.Context())
-		ended <- err
-	}()
-	for f.waiting.TryLock() { // until it waits
-		f.waiting.Unlock()
-	}
-	f.Close()
-	if err := <-ended; !errors.Is(err, fs.ErrClosed) {
-		t.Errorf("Close while waiting: %v", err)
-	}
-	if _, err := f.Wait(t.Context()); !errors.Is(err, fs.ErrClosed) {
-		t.Errorf("Wait after Close: %v", err)
-	}
-	if err := f.unmask(3); !errors.Is(err, fs.ErrClosed) {
-		t.Errorf("unmask after Close: %v", err)
+	if _, err := f.dev.Read(make([]byte, 4)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the new descriptor waits: %v", err)
 	}
 }
 
 func TestWaitBadReads(t *testing.T) {
 	f, dev, xen := open(t, 3)
 	send(t, xen, []byte{3, 0, 0})
-	if _, err := f.Wait(within(t)); err == nil || !strings.Contains(err.Error(), "read gave 3 bytes") {
+	if _, err := wait(f); err == nil || !strings.Contains(err.Error(), "read gave 3 bytes") {
 		t.Errorf("err = %v", err)
 	}
 	// An error of Go's poller alone: what the device says counts.
 	dev.readErr = []error{errors.New("not pollable")}
 	send(t, xen, ports(3))
-	if port, err := f.Wait(within(t)); port != 3 || err != nil {
+	if port, err := wait(f); port != 3 || err != nil {
 		t.Errorf("port %d, %v", port, err)
 	}
 	dev.readErr = []error{&fs.PathError{Op: "read", Path: "x", Err: syscall.EIO}}
-	if _, err := f.Wait(within(t)); !errors.Is(err, syscall.EIO) || !strings.HasSuffix(err.Error(), "wait for an event: input/output error") {
+	if _, err := wait(f); !errors.Is(err, syscall.EIO) || !strings.HasSuffix(err.Error(), "wait for an event: input/output error") {
 		t.Errorf("err = %v", err)
 	}
 	xen.Close()
 	f2, _, xen2 := open(t, 3)
 	send(t, xen2, ports(3))
 	xen2.Close()
-	if _, err := f2.Wait(within(t)); !errors.Is(err, syscall.EPIPE) || !strings.Contains(err.Error(), "unmask ports [3]") {
+	if _, err := wait(f2); !errors.Is(err, syscall.EPIPE) || !strings.Contains(err.Error(), "unmask ports [3]") {
 		t.Errorf("unmask without a device: %v", err)
 	}
 }
@@ -264,7 +278,7 @@ func TestOverflow(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			f, dev, xen := open(t, 3, 7)
 			tt.set(dev)
-			if _, err := f.Wait(within(t)); !errors.Is(err, ErrOverflow) || errors.Is(err, fs.ErrClosed) {
+			if _, err := wait(f); !errors.Is(err, ErrOverflow) || errors.Is(err, fs.ErrClosed) {
 				t.Fatalf("err = %v", err)
 			}
 			if diff := cmp.Diff([]string{"0x4505 []"}, dev.calls); diff != "" {
@@ -277,7 +291,7 @@ func TestOverflow(t *testing.T) {
 				t.Errorf("the old descriptor is open: %v", err)
 			}
 			send(t, xen, ports(7)) // it goes on
-			if port, err := f.Wait(within(t)); port != 7 || err != nil {
+			if port, err := wait(f); port != 7 || err != nil {
 				t.Errorf("port %d, %v", port, err)
 			}
 		})
@@ -289,7 +303,7 @@ func TestOverflow(t *testing.T) {
 		f, dev, _ := open(t, 3)
 		dev.readErr = []error{syscall.EFBIG}
 		set(dev)
-		if _, err := f.Wait(within(t)); !errors.Is(err, ErrOverflow) || !errors.Is(err, syscall.EIO) || !strings.Contains(err.Error(), "recovery failed") {
+		if _, err := wait(f); !errors.Is(err, ErrOverflow) || !errors.Is(err, syscall.EIO) || !strings.Contains(err.Error(), "recovery failed") {
 			t.Errorf("%s fails: %v", name, err)
 		}
 	}

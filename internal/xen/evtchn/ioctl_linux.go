@@ -5,6 +5,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stubinit/stubinit/internal/fdio"
 )
 
 // kernelDevice is the real device. SyscallConn keeps its descriptor with Go's
@@ -31,9 +33,26 @@ func (d kernelDevice) control(call func(fd uintptr) (int, error)) (n int, err er
 	return n, err
 }
 
+func (d kernelDevice) Read(b []byte) (int, error) {
+	conn, err := d.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	return fdio.Read(conn, b)
+}
+
+func (d kernelDevice) Write(b []byte) (int, error) {
+	conn, err := d.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	return fdio.Write(conn, b)
+}
+
+// ioctl is one that does not block: none of this device's does.
 func (d kernelDevice) ioctl(req uint, args ...uint32) (int, error) {
 	return d.control(func(fd uintptr) (int, error) {
-		n, _, errno := unix.Syscall(unix.SYS_IOCTL, fd, uintptr(req), uintptr(unsafe.Pointer(unsafe.SliceData(args))))
+		n, _, errno := unix.RawSyscall(unix.SYS_IOCTL, fd, uintptr(req), uintptr(unsafe.Pointer(unsafe.SliceData(args))))
 		if errno != 0 {
 			return 0, errno
 		}

@@ -41,8 +41,6 @@ type xen struct {
 	cfg    Config
 	self   uint16
 	events *evtchn.File
-	wait   context.Context
-	stop   context.CancelFunc
 	// published says that both nodes are there, with their permissions.
 	published bool
 }
@@ -60,20 +58,18 @@ func openXen(ctx context.Context, cfg Config) (*xen, error) {
 	if err != nil {
 		return nil, err
 	}
-	x := &xen{cfg: cfg, self: uint16(self), events: events}
-	x.wait, x.stop = context.WithCancel(context.Background())
-	return x, nil
+	return &xen{cfg: cfg, self: uint16(self), events: events}, nil
 }
 
 func (x *xen) Bind() (uint32, error)    { return x.events.BindUnbound(x.cfg.Client) }
 func (x *xen) Unbind(port uint32) error { return x.events.Unbind(port) }
 func (x *xen) Notify(port uint32) error { return x.events.Notify(port) }
-func (x *xen) Interrupt()               { x.stop() }
+func (x *xen) Interrupt()               { x.events.Interrupt() }
 
 func (x *xen) Wait() error {
-	_, err := x.events.Wait(x.wait)
+	_, err := x.events.Wait()
 	switch {
-	case x.wait.Err() != nil, errors.Is(err, fs.ErrClosed):
+	case errors.Is(err, fs.ErrClosed):
 		return net.ErrClosed
 	case errors.Is(err, evtchn.ErrOverflow):
 		return nil // an event may be lost, so look as if there had been one
@@ -146,6 +142,5 @@ func (x *xen) Unpublish(ctx context.Context) error {
 }
 
 func (x *xen) Close() error {
-	x.stop()
 	return x.events.Close()
 }

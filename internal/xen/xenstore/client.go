@@ -29,6 +29,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/stubinit/stubinit/internal/fdio"
 	"github.com/stubinit/stubinit/internal/xen/xenstore/internal/wire"
 )
 
@@ -125,7 +126,26 @@ func open(path string) (*Client, error) {
 		}
 		return nil, &Error{Op: "open", Path: path, Err: err}
 	}
-	return NewClient(f), nil
+	raw, err := f.SyscallConn()
+	if err != nil {
+		f.Close()
+		return nil, &Error{Op: "open", Path: path, Err: err}
+	}
+	return NewClient(&xenbus{f, raw}), nil
+}
+
+// xenbus is the kernel's device. Its reads never block; its writes do (see above).
+type xenbus struct {
+	*os.File
+	raw syscall.RawConn
+}
+
+func (x *xenbus) Read(b []byte) (int, error) {
+	n, err := fdio.Read(x.raw, b)
+	if n == 0 && err == nil {
+		err = io.EOF
+	}
+	return n, err
 }
 
 // NewClient speaks xenstore's protocol over conn, which it owns from now on.
