@@ -2,10 +2,12 @@ package qmpbridge
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"math/bits"
 	"unicode/utf8"
 )
 
@@ -333,14 +335,11 @@ func (s *scanner) scan(b []byte) (n int, done bool, err error) {
 			}
 
 		case inString:
-			var all byte
 			start := i
-			for i < len(b) && plain[b[i]] {
-				all |= b[i]
-				i++
-			}
-			s.high = s.high || all >= 0x80
-			if s.key {
+			i = s.skipPlain(b, i)
+			if s.depth > 1 {
+				i = s.skipStrings(b, i)
+			} else {
 				s.addKey(b[start:i])
 			}
 			switch {
@@ -403,13 +402,49 @@ func (s *scanner) scan(b []byte) (n int, done bool, err error) {
 	return len(b), false, nil
 }
 
-// plain are the bytes that mean nothing special in a string.
-var plain = func() (t [256]bool) {
-	for c := range t {
-		t[c] = c >= ' ' && c != '"' && c != '\\'
+// skipPlain gives the first offset from i on of a byte that means something in
+// a string, eight bytes at a time: a byte minus 1 (or ' ') borrows from its top bit if it is 0 (or below ' ').
+func (s *scanner) skipPlain(b []byte, i int) int {
+	const ones, tops = 0x0101010101010101, 0x8080808080808080
+	for ; len(b)-i >= 8; i += 8 {
+		w := binary.LittleEndian.Uint64(b[i:])
+		quote, escape := w^ones*'"', w^ones*'\\'
+		found := ((w-ones*' ')&^w | (quote-ones)&^quote | (escape-ones)&^escape) & tops
+		if found != 0 {
+			s.high = s.high || w&(found&-found-1)&tops != 0
+			return i + bits.TrailingZeros64(found)/8
+		}
+		s.high = s.high || w&tops != 0
 	}
-	return t
-}()
+	for ; i < len(b) && b[i] >= ' ' && b[i] != '"' && b[i] != '\\'; i++ {
+		s.high = s.high || b[i] >= 0x80
+	}
+	return i
+}
+
+// skipStrings goes on from the end of a string over further ones, as long as
+// they are apart as QEMU writes them. Most of a large answer is that. Like
+// skipPlain it stops inside of a string, at a byte that means something there.
+// Only for strings whose text nobody wants: below the outermost value's members.
+func (s *scanner) skipStrings(b []byte, i int) int {
+	for len(b)-i > 6 && b[i] == '"' {
+		switch next := b[i+1:]; {
+		case s.key && string(next[:3]) == `: "`:
+			s.key = false
+			i += 4
+		case !s.key && string(next[:3]) == `, "`:
+			s.key = s.inObject()
+			i += 4
+		case !s.key && string(next[:5]) == `}, {"` && s.inArrayOfObjects():
+			s.key = true
+			i += 6
+		default:
+			return i
+		}
+		i = s.skipPlain(b, i)
+	}
+	return i
+}
 
 // numberStep gives the state after c; ok is false when c is no part of the number.
 func numberStep(state scanState, c byte) (next scanState, ok bool) {
@@ -458,6 +493,12 @@ func (s *scanner) push(object bool) {
 func (s *scanner) inObject() bool {
 	d := s.depth - 1
 	return s.nesting[d/8]&(1<<(d%8)) != 0
+}
+
+// inArrayOfObjects says whether this is an object that an array below the outermost value holds.
+func (s *scanner) inArrayOfObjects() bool {
+	d := s.depth - 2
+	return d > 0 && s.inObject() && s.nesting[d/8]&(1<<(d%8)) == 0
 }
 
 // pop ends an object or array before b[end], and says whether that ends the value.

@@ -223,7 +223,11 @@ func BenchmarkSplit(b *testing.B) {
 		if i > 0 {
 			big.WriteString(", ")
 		}
-		fmt.Fprintf(&big, `{"name": "member%d", "type": "%x", "n": %d, "default": null}`, i, rng.Uint64(), i)
+		// As in query-qmp-schema's answer, and what it has not.
+		fmt.Fprintf(&big, `{"name": "%d", "members": [{"name": "type", "type": "int"}, {"name": "%x", "default": null, "type": "str"}], "meta-type": "object"}`, i, rng.Uint32())
+		if i%10 == 0 {
+			fmt.Fprintf(&big, `, {"n": %d, "t": [true, -1.5e3], "text": "a\n\"b\" é"}`, i)
+		}
 	}
 	big.WriteString(`], "id": "libxl-1"}`)
 	b.SetBytes(int64(big.Len()))
