@@ -18,6 +18,8 @@
 //     does not take is queued up to a limit, past which the session ends.
 //   - device_add of xen-pci-passthrough waits for the device ([Options.PCIReady]).
 //   - xen-save-devices-state to /dev/fdset/1 is a save ([Saver]).
+//   - Of two saves or migrations at once the later is refused at its first command, and
+//     the cont that follows with it; QEMU's dirty log is not switched off twice.
 //
 // When QEMU's monitor closes, the requests that it has not answered get an error
 // and the session ends.
@@ -75,6 +77,9 @@ type Saver interface {
 	// Commit hands the saved state to the toolstack; QEMU's answer is let
 	// through when it returns. It returns soon after ctx ends.
 	Commit(ctx context.Context) error
+	// Explain says why QEMU could not save, if the Saver knows more than QEMU's
+	// own error; nil lets that through. Abort follows.
+	Explain(refused error) error
 	// Abort drops the state, whole or in part, and lets the guest go on (QMP
 	// cont; the toolstack's own, if it follows, does no harm). cause is why.
 	// It is called after a failed Prepare or Commit, QEMU's error, and when the
@@ -110,6 +115,7 @@ func Serve(ctx context.Context, ln net.Listener, o Options) error {
 	defer ln.Close()
 	stop := context.AfterFunc(ctx, func() { ln.Close() })
 	defer stop()
+	saves := new(interlock)
 	for n := 1; ; n++ {
 		conn, err := ln.Accept()
 		if ctx.Err() != nil {
@@ -121,6 +127,6 @@ func Serve(ctx context.Context, ln net.Listener, o Options) error {
 		if err != nil {
 			return fmt.Errorf("qmp bridge: accept a toolstack session on %v: %w", ln.Addr(), err)
 		}
-		serveSession(ctx, conn, &o, o.Log.With("session", n))
+		serveSession(ctx, conn, &o, saves, o.Log.With("session", n))
 	}
 }

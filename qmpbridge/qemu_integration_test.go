@@ -282,6 +282,7 @@ func (s copySaver) Commit(context.Context) error {
 	s.got <- b
 	return err
 }
+func (copySaver) Explain(error) error                        { return nil }
 func (copySaver) Abort(_ context.Context, cause error) error { return cause }
 
 func TestQEMUSave(t *testing.T) {

@@ -21,6 +21,7 @@ const (
 
 // A fakeSaver records its calls; each waits for a token if its channel is set.
 type fakeSaver struct {
+	explain         error // of what QEMU refused
 	mu              sync.Mutex
 	calls           []string
 	prepare, commit chan error
@@ -43,6 +44,7 @@ func (f *fakeSaver) call(ctx context.Context, name string, result chan error) er
 
 func (f *fakeSaver) Prepare(ctx context.Context) error { return f.call(ctx, "prepare", f.prepare) }
 func (f *fakeSaver) Commit(ctx context.Context) error  { return f.call(ctx, "commit", f.commit) }
+func (f *fakeSaver) Explain(error) error               { return f.explain }
 func (f *fakeSaver) Abort(ctx context.Context, cause error) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
@@ -97,7 +99,8 @@ func TestSave(t *testing.T) {
 			after(b)
 		}, []string{"prepare", "commit"}, `level=INFO msg="device state saved" session=1 took=3.001s`},
 		{"two in a row", false, true, func(b bridge) {
-			b.toolstack.send(saveRequest + saveRequest)
+			const cont = `{"execute":"cont"}`
+			b.toolstack.send(saveRequest + cont + saveRequest + cont)
 			for range 2 {
 				b.qemu.expect(saveRequest + "\n")
 				b.qemu.silent()
@@ -105,6 +108,9 @@ func TestSave(t *testing.T) {
 				b.toolstack.silent()
 				b.commit <- nil
 				b.toolstack.expect(saved)
+				b.qemu.expect(cont + "\n")
+				b.qemu.send("{\"return\": {}}\r\n")
+				b.toolstack.expect("{\"return\": {}}\r\n")
 			}
 		}, []string{"prepare", "commit", "prepare", "commit"}, ""},
 		{"prepare fails", true, false, func(b bridge) {
@@ -122,6 +128,13 @@ func TestSave(t *testing.T) {
 			b.toolstack.expect(failed + "\r\n")
 			after(b)
 		}, []string{"prepare", `abort: QEMU: {"class": "GenericError", "desc": "no"}`}, ""},
+		{"QEMU fails, and the saver knows why", false, false, func(b bridge) {
+			b.explain = errors.New("too large: raise stubdomain_memory")
+			toQEMU(b)
+			b.qemu.send(`{"id": "s", "error": {"class": "GenericError", "desc": "no"}}`)
+			b.toolstack.expect(errorAnswer(`"s"`, b.explain.Error()))
+			after(b)
+		}, []string{"prepare", "abort: too large: raise stubdomain_memory"}, ""},
 		{"commit fails", false, true, func(b bridge) {
 			toQEMU(b)
 			b.qemu.send(saved)
@@ -206,6 +219,10 @@ func TestSave(t *testing.T) {
 				// The bridge is as new.
 				f.prepare, f.commit = nil, nil
 				toolstack, qemu = b.session()
+				toolstack.send(`{"execute":"cont"}`)
+				qemu.expect("{\"execute\":\"cont\"}\n")
+				qemu.send("{\"return\": {}}\r\n")
+				toolstack.expect("{\"return\": {}}\r\n")
 				toolstack.send(saveRequest)
 				qemu.expect(saveRequest + "\n")
 				qemu.send(saved)

@@ -33,7 +33,9 @@ type request struct {
 	oob      bool   // exec-oob: QEMU may answer it before others
 	id       []byte // as the toolstack wrote it; nil without
 	hostaddr string // of a device_add that may have to wait
-	save     bool
+	part     part
+	save     bool // QEMU gets it, and fdset 1 is prepared
+	resumes  bool // cont, after a save
 	sent     time.Time
 
 	// local is the answer when the request is not for QEMU; the session ends with
@@ -57,6 +59,7 @@ type answer struct {
 // A session is one toolstack connection and its own connection to QEMU.
 type session struct {
 	*Options
+	saves     *interlock
 	ctx       context.Context
 	end       context.CancelCauseFunc
 	log       *slog.Logger
@@ -82,7 +85,7 @@ type session struct {
 	answered int
 }
 
-func serveSession(ctx context.Context, toolstack net.Conn, o *Options, log *slog.Logger) {
+func serveSession(ctx context.Context, toolstack net.Conn, o *Options, saves *interlock, log *slog.Logger) {
 	start := time.Now()
 	defer toolstack.Close()
 	qemu, err := o.Dial(ctx)
@@ -93,7 +96,7 @@ func serveSession(ctx context.Context, toolstack net.Conn, o *Options, log *slog
 	defer qemu.Close()
 
 	s := &session{
-		Options: o, log: log, toolstack: toolstack, qemu: qemu,
+		Options: o, saves: saves, log: log, toolstack: toolstack, qemu: qemu,
 		requests:    newSplitter(toolstack, MaxRequest, false),
 		answers:     newSplitter(qemu, MaxAnswer, true),
 		toQEMU:      outbox[*request]{limit: MaxRequest},
@@ -226,31 +229,25 @@ func (s *session) parse(m *message) *request {
 	}
 	r.command = m.str(memberExecute)
 	var arguments map[string]any
-	switch r.command {
-	case "device_add":
-		if s.PCIReady == nil || json.Unmarshal(m.raw(memberArguments), &arguments) != nil {
-			break
-		}
-		if arguments["driver"] == "xen-pci-passthrough" {
-			r.hostaddr, _ = arguments["hostaddr"].(string)
-		}
-	case "xen-save-devices-state":
-		if s.Save == nil || json.Unmarshal(m.raw(memberArguments), &arguments) != nil {
-			break
-		}
-		if arguments["filename"] == "/dev/fdset/1" {
-			r.save, r.released = true, make(chan struct{})
-		}
+	if r.command == "device_add" && s.PCIReady != nil && json.Unmarshal(m.raw(memberArguments), &arguments) == nil &&
+		arguments["driver"] == "xen-pci-passthrough" {
+		r.hostaddr, _ = arguments["hostaddr"].(string)
+	}
+	if s.Save != nil {
+		r.part = m.part(r.command)
 	}
 	return r
 }
 
 // send writes one request to QEMU. The requests after it wait until it returns.
 func (s *session) send(r *request) error {
+	if r.part != noPart {
+		s.interlock(r)
+	}
 	switch {
 	case r.hostaddr != "":
 		s.hold(r)
-	case r.save:
+	case r.part == saveState && r.local == nil:
 		s.prepare(r)
 	}
 	if err := s.expect(r); err != nil {
@@ -296,6 +293,7 @@ func (s *session) hold(r *request) {
 // prepare starts a save; when that fails the request gets its answer here.
 func (s *session) prepare(r *request) {
 	s.saving = r
+	r.save, r.released = true, make(chan struct{})
 	if err := s.Save.Prepare(s.ctx); err != nil {
 		err = fmt.Errorf("prepare to save the device state: %w", err)
 		s.abort(err)
@@ -336,6 +334,7 @@ func (s *session) expect(r *request) error {
 
 // unexpect takes back the last expect, of a request that QEMU did not get whole.
 func (s *session) unexpect(r *request) {
+	s.saves.answered(r, false)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	isIt := func(q *request) bool { return q == r }
@@ -409,6 +408,7 @@ func (s *session) readAnswer(m *message, good bool) error {
 		return err
 	}
 	s.answered++
+	s.saves.answered(r, good)
 	s.log.Debug("QMP command answered", "command", r.command, "good", good, "took", time.Since(r.sent))
 	var a answer
 	if m.size <= MaxAnswer-2 {
@@ -508,6 +508,9 @@ func (s *session) deliver(a answer) error {
 	}
 	if a.save != nil {
 		s.saving = nil
+		if a.good {
+			s.saves.saved()
+		}
 		close(a.save.released)
 		if a.good {
 			s.log.Info("device state saved", "took", time.Since(a.seen))
@@ -529,6 +532,9 @@ func toolstackError(op string, err error) error {
 
 func (s *session) commit(a *answer) {
 	if !a.good {
+		if why := s.Save.Explain(a.cause); why != nil {
+			a.cause, a.line = why, errorLine(a.save.id, why.Error())
+		}
 		s.abort(a.cause)
 		return
 	}
@@ -575,6 +581,14 @@ func errorLine(id []byte, desc string) []byte {
 	}
 	fmt.Fprintf(&b, "\"error\": %s}\r\n", e)
 	return b.Bytes()
+}
+
+// returnLine is the answer of a command that returns nothing.
+func returnLine(id []byte) []byte {
+	if id == nil {
+		return []byte("{\"return\": {}}\r\n")
+	}
+	return fmt.Appendf(nil, "{\"return\": {}, \"id\": %s}\r\n", id)
 }
 
 // sameJSON says whether two values are equal: QEMU writes an id in its own way.

@@ -145,8 +145,8 @@ func (s *stateSaver) setLimit(bytes uint64) error {
 	return nil
 }
 
-// tooLarge is why QEMU could not save, if it was the limit.
-func (s *stateSaver) tooLarge() error {
+// Explain says why QEMU could not save, if it was the limit: QEMU's own error does not.
+func (s *stateSaver) Explain(refused error) error {
 	if s.state == nil || s.most <= 0 {
 		return nil
 	}
@@ -154,7 +154,7 @@ func (s *stateSaver) tooLarge() error {
 	if err != nil || info.Size() < s.most {
 		return nil
 	}
-	return fmt.Errorf("the state is larger than the %d KiB of memory that are free for it: raise stubdomain_memory in xl.cfg", s.most>>10)
+	return fmt.Errorf("%w: the state is larger than the %d KiB of memory that are free for it: raise stubdomain_memory in xl.cfg", refused, s.most>>10)
 }
 
 // Commit copies the state to console 1. The memory is given back whatever comes.
@@ -183,13 +183,8 @@ func (s *stateSaver) Commit(ctx context.Context) error {
 func (s *stateSaver) Abort(ctx context.Context, cause error) error {
 	defer s.saving.Store(false)
 	if errors.Is(cause, errSpent) {
-		// The save before may still be under way: QEMU, which is stopped, must not touch the memory that is being
-		// copied. libxl sends cont itself when that is over, and after this error too.
-		s.log.Error("save refused", "err", cause)
+		s.log.Error("save refused", "err", cause) // QEMU has got nothing of it; libxl sends cont itself
 		return nil
-	}
-	if large := s.tooLarge(); large != nil {
-		cause = fmt.Errorf("%w: %w", cause, large)
 	}
 	// libxl removes console 1's file after a failed save, and cannot open it after another.
 	s.log.Error("save failed; the guest goes on, and must be restarted before libxl can save it", "err", cause)
