@@ -437,6 +437,33 @@ func (b *bench) over() bool {
 }
 
 // The toolstack is read even if QEMU never reads.
+// Large answers that wait for the toolstack each keep the buffer they were read into.
+func TestLargeAnswersWait(t *testing.T) {
+	const answers, size = 8, 200 << 10
+	in(t, Options{}, func(t *testing.T, b *bench) {
+		toolstack, qemu := b.session()
+		var want []string
+		for i := range answers {
+			want = append(want, fmt.Sprintf("{\"return\": %q, \"id\": %d}\r\n", strings.Repeat(string(rune('a'+i)), size), i))
+		}
+		for round := range 3 { // buffers are used again
+			for i := range answers {
+				toolstack.send(fmt.Sprintf("{\"execute\": \"x\", \"id\": %d}\n", i))
+				qemu.expect(fmt.Sprintf("{\"execute\": \"x\", \"id\": %d}\n", i))
+			}
+			for i := range answers {
+				qemu.send(want[i])
+			}
+			for i := range answers {
+				toolstack.expect(want[i])
+			}
+			if t.Failed() {
+				t.Fatalf("in round %d", round)
+			}
+		}
+	})
+}
+
 func TestStalledQEMU(t *testing.T) {
 	in(t, Options{}, func(t *testing.T, b *bench) {
 		toolstack, _ := b.session()

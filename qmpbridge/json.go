@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"math/bits"
+	"slices"
 	"unicode/utf8"
 )
 
@@ -58,9 +59,11 @@ func memberNamed(name []byte) member {
 type span struct{ start, end int }
 
 // A message is one JSON value taken from a stream, without the white space
-// around it. Its bytes are valid until the splitter's next call.
+// around it. Its bytes are valid until the splitter's next call, or, if it is
+// kept, until it is released.
 type message struct {
 	text     []byte
+	kept     bool          // text is a buffer of its own, until it goes to splitter.release
 	size     int           // in bytes; more than len(text) when the rest was discarded
 	newlines bool          // has \r or \n between tokens
 	spans    [members]span // the last one, where a name comes twice
@@ -103,9 +106,9 @@ type splitter struct {
 	discard bool // what a value has beyond limit is checked and dropped, not refused
 
 	chunk  []byte // read buffer
-	kept   []byte // of a value, what came in earlier chunks
 	unread []byte // part of chunk
 	broken bool
+	spare  chan []byte // holds a buffer for a value that does not come in one chunk
 }
 
 const (
@@ -114,7 +117,25 @@ const (
 )
 
 func newSplitter(r io.Reader, limit int, discard bool) *splitter {
-	return &splitter{r: r, limit: limit, discard: discard, chunk: make([]byte, chunkSize)}
+	return &splitter{r: r, limit: limit, discard: discard, chunk: make([]byte, chunkSize), spare: make(chan []byte, 1)}
+}
+
+// drop releases a message that nobody wants, or no longer.
+func (s *splitter) drop(m *message) {
+	if m.kept {
+		s.release(m.text)
+	}
+}
+
+// release takes back the text of a message that was kept. Safe beside next.
+func (s *splitter) release(text []byte) {
+	if cap(text) > keptMax {
+		return
+	}
+	select {
+	case s.spare <- text[:0]:
+	default:
+	}
 }
 
 // next gives the next value. It fails with a *syntaxError, after which it only
@@ -130,8 +151,12 @@ func (s *splitter) next() (message, error) {
 	var (
 		m    message
 		p    = scanner{spans: &m.spans}
-		kept = s.kept[:0]
+		kept []byte // what came in earlier chunks
 	)
+	select {
+	case kept = <-s.spare:
+	default:
+	}
 	fail := func(desc string) (message, error) {
 		s.broken, s.unread = true, nil
 		m.text = kept
@@ -164,11 +189,16 @@ func (s *splitter) next() (message, error) {
 			return fail(fmt.Sprintf("message of more than %d bytes", s.limit))
 		}
 		s.unread = s.unread[n:]
-		if done && m.size == n {
-			m.text = part[:min(n, s.limit)]
-		} else {
-			kept = append(kept, part[:min(n, s.limit-len(kept))]...)
+		if m.kept = !done || m.size > n; m.kept {
+			part = part[:min(n, s.limit-len(kept))]
+			if cap(kept)-len(kept) < len(part) {
+				kept = slices.Grow(kept, max(cap(kept), len(part))) // append would grow it by less, and copy more
+			}
+			kept = append(kept, part...)
 			m.text = kept
+		} else {
+			m.text = part[:min(n, s.limit)]
+			s.release(kept)
 		}
 		if !done {
 			continue
@@ -177,9 +207,6 @@ func (s *splitter) next() (message, error) {
 		if p.high && m.size == len(m.text) && !utf8.Valid(m.text) {
 			kept = m.text
 			return fail("JSON parse error, a string is not UTF-8")
-		}
-		if cap(kept) <= keptMax {
-			s.kept = kept
 		}
 		m.newlines = p.newlines
 		return m, nil

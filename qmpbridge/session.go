@@ -34,9 +34,9 @@ type request struct {
 	id       []byte // as the toolstack wrote it; nil without
 	hostaddr string // of a device_add that may have to wait
 	part     part
-	save     bool // QEMU gets it, and fdset 1 is prepared
-	resumes  bool // cont, after a save
-	sent     time.Time
+	save     bool      // QEMU gets it, and fdset 1 is prepared
+	resumes  bool      // cont, after a save
+	sent     time.Time // only for the debug log
 
 	// local is the answer when the request is not for QEMU; the session ends with
 	// it if end is set.
@@ -49,6 +49,7 @@ type request struct {
 // An answer is one line for the toolstack.
 type answer struct {
 	line  []byte
+	kept  bool  // line is a message's, to be released
 	end   error // ends the session once the line, if any, is written
 	save  *request
 	good  bool  // QEMU saved
@@ -63,6 +64,7 @@ type session struct {
 	ctx       context.Context
 	end       context.CancelCauseFunc
 	log       *slog.Logger
+	debug     bool // log's level
 	toolstack net.Conn
 	qemu      net.Conn
 
@@ -96,7 +98,7 @@ func serveSession(ctx context.Context, toolstack net.Conn, o *Options, saves *in
 	defer qemu.Close()
 
 	s := &session{
-		Options: o, saves: saves, log: log, toolstack: toolstack, qemu: qemu,
+		Options: o, saves: saves, log: log, debug: log.Enabled(ctx, slog.LevelDebug), toolstack: toolstack, qemu: qemu,
 		requests:    newSplitter(toolstack, MaxRequest, false),
 		answers:     newSplitter(qemu, MaxAnswer, true),
 		toQEMU:      outbox[*request]{limit: MaxRequest},
@@ -112,7 +114,9 @@ func serveSession(ctx context.Context, toolstack net.Conn, o *Options, saves *in
 	})
 	stop := context.AfterFunc(ctx, func() { qemu.Close() })
 	defer stop()
-	s.pump(&wg, s.readToolstack, func() error { return s.toQEMU.flush(s.send) })
+	s.pump(&wg, s.readToolstack, func(pass func()) error {
+		return s.toQEMU.flush(func(r *request) error { return s.send(r, pass) })
+	})
 	s.pump(&wg, s.readQEMU, s.flushToToolstack)
 	wg.Wait()
 
@@ -162,33 +166,41 @@ func (s *session) closeIfAnswered() {
 
 func (s *session) over() bool { return s.ctx.Err() != nil }
 
-// pump moves values one way until read fails. Two goroutines take turns: the one
-// that has read a value writes it too, so that a round trip waits for no other
-// goroutine, while the second reads on, so that a peer which does not read never
-// keeps the bridge from reading the other.
-func (s *session) pump(wg *sync.WaitGroup, read, flush func() error) {
+// pump moves values one way until read fails. The goroutine that has read a value
+// writes it too, so that a round trip waits for no other one. Before it waits for
+// anything else than its next value it passes the reading on to the second goroutine,
+// so that a peer which does not read never keeps the bridge from reading the other.
+func (s *session) pump(wg *sync.WaitGroup, read func() error, flush func(pass func()) error) {
 	turn, stop := make(chan struct{}, 1), make(chan struct{})
 	turn <- struct{}{}
 	for range 2 {
 		wg.Go(func() {
+			reads := false // it is this one's turn
+			pass := func() {
+				if reads {
+					reads = false
+					turn <- struct{}{}
+				}
+			}
 			for {
-				select {
-				case <-turn:
-				case <-stop:
-					return
+				if !reads {
+					select {
+					case <-turn:
+						reads = true
+					case <-stop:
+						return
+					}
 				}
 				err := read()
-				switch err {
-				case nil:
-					turn <- struct{}{}
-				case errNoMore:
+				if err != nil {
+					reads = false
 					close(stop)
-				default:
+				}
+				if err != nil && err != errNoMore {
 					s.end(err)
-					close(stop)
 					return
 				}
-				if err := flush(); err != nil {
+				if err := flush(pass); err != nil {
 					s.end(err)
 				}
 				if err != nil {
@@ -197,6 +209,23 @@ func (s *session) pump(wg *sync.WaitGroup, read, flush func() error) {
 			}
 		})
 	}
+}
+
+// write writes all of b. Before it has to wait it calls pass; for a connection that
+// cannot tell, always.
+func write(c net.Conn, b []byte, pass func()) error {
+	if c, ok := c.(interface {
+		TryWrite([]byte) (int, error) // writes what the peer takes at once
+	}); ok {
+		n, err := c.TryWrite(b)
+		if err != nil || n == len(b) {
+			return err
+		}
+		b = b[n:]
+	}
+	pass()
+	_, err := c.Write(b)
+	return err
 }
 
 // readToolstack takes one request into the queue toward QEMU.
@@ -215,6 +244,7 @@ func (s *session) readToolstack() error {
 		return toolstackError("read from", err)
 	}
 	r := s.parse(&m)
+	s.requests.drop(&m)
 	if !s.toQEMU.put(r, len(r.line)+itemOverhead) {
 		return fmt.Errorf("more than %d bytes of requests wait for QEMU, which does not read them", MaxRequest)
 	}
@@ -240,33 +270,36 @@ func (s *session) parse(m *message) *request {
 }
 
 // send writes one request to QEMU. The requests after it wait until it returns.
-func (s *session) send(r *request) error {
+func (s *session) send(r *request, pass func()) error {
 	if r.part != noPart {
 		s.interlock(r)
 	}
 	switch {
 	case r.hostaddr != "":
+		pass()
 		s.hold(r)
 	case r.part == saveState && r.local == nil:
+		pass()
 		s.prepare(r)
 	}
 	if err := s.expect(r); err != nil {
 		return err
 	}
 	if r.local != nil {
-		return s.flushToToolstack()
+		return s.flushToToolstack(pass)
 	}
 	text := r.line
 	r.line = nil
-	if _, err := s.qemu.Write(text); err != nil {
+	if err := write(s.qemu, text, pass); err != nil {
 		if s.over() {
 			s.unexpect(r)
 			return context.Cause(s.ctx)
 		}
 		s.qemuGone(fmt.Errorf("write to QEMU's monitor: %w", err))
-		return s.flushToToolstack()
+		return s.flushToToolstack(pass)
 	}
 	if r.save {
+		pass()
 		select {
 		case <-r.released:
 		case <-s.ctx.Done():
@@ -319,7 +352,9 @@ func (s *session) expect(r *request) error {
 	if s.over() {
 		return context.Cause(s.ctx)
 	}
-	r.sent = time.Now()
+	if s.debug {
+		r.sent = time.Now()
+	}
 	waiting := len(s.inBand) + len(s.outOfBand)
 	if s.unanswered += r.cost(); s.unanswered > maxUnanswered && waiting > 0 {
 		return fmt.Errorf("QEMU has not answered %d requests", waiting)
@@ -389,13 +424,14 @@ func (s *session) readQEMU() error {
 	case good: // and failed: nonsense
 	case m.has(memberEvent):
 		s.events++
+		s.answers.drop(&m)
 		return nil
 	case m.has(memberGreeting) && m.size <= MaxAnswer-2:
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.greeted = true
 		s.closeIfAnswered()
-		return s.queue(answer{line: lineOut(&m)})
+		return s.queue(answer{line: lineOut(&m), kept: m.kept})
 	}
 	return fmt.Errorf("QEMU sent what is not QMP: %.100q", m.text)
 }
@@ -409,13 +445,16 @@ func (s *session) readAnswer(m *message, good bool) error {
 	}
 	s.answered++
 	s.saves.answered(r, good)
-	s.log.Debug("QMP command answered", "command", r.command, "good", good, "took", time.Since(r.sent))
+	if s.debug { // the time alone costs as much as a system call, or is one
+		s.log.Debug("QMP command answered", "command", r.command, "good", good, "took", time.Since(r.sent))
+	}
 	var a answer
 	if m.size <= MaxAnswer-2 {
-		a.line = lineOut(m)
+		a.line, a.kept = lineOut(m), m.kept
 	} else {
 		a.line = errorLine(r.id, fmt.Sprintf("%s: QEMU's answer has %d bytes, the toolstack takes %d",
 			r.command, m.size, MaxAnswer-2))
+		s.answers.drop(m)
 		s.log.Warn("QMP answer too large for the toolstack", "command", r.command, "bytes", m.size)
 	}
 	if r.save {
@@ -493,18 +532,24 @@ func (s *session) qemuGone(err error) {
 	time.AfterFunc(drainLimit, func() { s.end(cause) })
 }
 
-func (s *session) flushToToolstack() error { return s.toToolstack.flush(s.deliver) }
+func (s *session) flushToToolstack(pass func()) error {
+	return s.toToolstack.flush(func(a answer) error { return s.deliver(a, pass) })
+}
 
 // deliver writes one line to the toolstack, a save's answer only when the state
 // has been handed over.
-func (s *session) deliver(a answer) error {
+func (s *session) deliver(a answer, pass func()) error {
 	if a.save != nil {
+		pass()
 		s.commit(&a)
 	}
 	if len(a.line) > 0 {
-		if _, err := s.toolstack.Write(a.line); err != nil {
+		if err := write(s.toolstack, a.line, pass); err != nil {
 			return toolstackError("write to", err)
 		}
+	}
+	if a.kept {
+		s.answers.release(a.line)
 	}
 	if a.save != nil {
 		s.saving = nil
@@ -545,9 +590,14 @@ func (s *session) commit(a *answer) {
 	}
 }
 
-// lineOut is m as a line for the toolstack.
+// lineOut is m as a line for the toolstack, in m's own buffer if that is kept.
 func lineOut(m *message) []byte {
-	l := line(m.text, "\r\n")
+	var l []byte
+	if m.kept {
+		l = append(m.text, "\r\n"...)
+	} else {
+		l = line(m.text, "\r\n")
+	}
 	if m.newlines { // pretty=on; a string holds no raw newline
 		for i, c := range l[:len(l)-2] {
 			if c == '\n' || c == '\r' {

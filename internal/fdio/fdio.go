@@ -16,9 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Read reads once, and waits in Go's poller until it can. The error is an errno,
-// or that of conn: a deadline, or that it was closed. At the end it gives 0 bytes
-// and no error.
+// Read reads once, and waits in Go's poller until it can. The error is an errno, or
+// that of conn: a deadline, or that it was closed. At the end it gives 0 bytes and no error.
 func Read(conn syscall.RawConn, b []byte) (n int, err error) {
 	waitErr := conn.Read(func(fd uintptr) bool {
 		n, err = call(unix.SYS_READ, fd, b)
@@ -31,14 +30,23 @@ func Read(conn syscall.RawConn, b []byte) (n int, err error) {
 }
 
 // Write writes all of b, waiting in Go's poller for room. Errors are as Read's.
-func Write(conn syscall.RawConn, b []byte) (written int, err error) {
+func Write(conn syscall.RawConn, b []byte) (int, error) { return write(conn, b, true) }
+
+// write with wait false writes what there is room for, perhaps nothing.
+func write(conn syscall.RawConn, b []byte, wait bool) (written int, err error) {
 	waitErr := conn.Write(func(fd uintptr) bool {
 		for {
 			var n int
 			n, err = call(unix.SYS_WRITE, fd, b[written:])
 			written += n
-			if err != nil || written == len(b) {
-				return err != unix.EAGAIN
+			switch {
+			case err == unix.EAGAIN && wait:
+				return false
+			case err == unix.EAGAIN:
+				err = nil
+				return true
+			case err != nil || written == len(b):
+				return true
 			}
 		}
 	})
@@ -98,7 +106,13 @@ func (c *Conn) Read(b []byte) (int, error) {
 
 // Write is net.Conn's.
 func (c *Conn) Write(b []byte) (int, error) {
-	n, err := Write(c.raw, b)
+	n, err := write(c.raw, b, true)
+	return n, c.opError("write", err)
+}
+
+// TryWrite writes what there is room for, perhaps nothing.
+func (c *Conn) TryWrite(b []byte) (int, error) {
+	n, err := write(c.raw, b, false)
 	return n, c.opError("write", err)
 }
 

@@ -20,7 +20,7 @@ import (
 // fakeDevice is a socket in place of the device, so that waiting is Go's
 // poller's, with scripted ioctls.
 type fakeDevice struct {
-	kernelDevice
+	*kernelDevice
 	mu      sync.Mutex
 	calls   []string
 	value   int
@@ -61,7 +61,7 @@ func (d *fakeDevice) renew() (device, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &fakeDevice{kernelDevice: dev.(kernelDevice)}, nil
+	return &fakeDevice{kernelDevice: dev.(*kernelDevice)}, nil
 }
 
 // open returns a File, its device, and Xen's side of it.
@@ -72,7 +72,11 @@ func open(t *testing.T, bound ...uint32) (*File, *fakeDevice, *os.File) {
 		t.Fatal(err)
 	}
 	xen := os.NewFile(uintptr(pair[1]), "xen")
-	dev := &fakeDevice{kernelDevice: kernelDevice{os.NewFile(uintptr(pair[0]), "device")}}
+	real, err := newDevice(os.NewFile(uintptr(pair[0]), "device"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dev := &fakeDevice{kernelDevice: real}
 	f := &File{dev: dev, ports: bound}
 	t.Cleanup(func() {
 		xen.Close()

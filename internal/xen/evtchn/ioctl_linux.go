@@ -2,6 +2,7 @@ package evtchn
 
 import (
 	"os"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -11,46 +12,43 @@ import (
 
 // kernelDevice is the real device. SyscallConn keeps its descriptor with Go's
 // poller, where Fd would make it blocking.
-type kernelDevice struct{ *os.File }
+type kernelDevice struct {
+	*os.File
+	conn syscall.RawConn
+}
 
 func openDevice(path string) (device, error) {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return nil, err
 	}
-	return kernelDevice{f}, nil
+	return newDevice(f)
+}
+
+// newDevice takes f over.
+func newDevice(f *os.File) (*kernelDevice, error) {
+	conn, err := f.SyscallConn()
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return &kernelDevice{File: f, conn: conn}, nil
 }
 
 // control runs call on the descriptor and returns what it returned.
-func (d kernelDevice) control(call func(fd uintptr) (int, error)) (n int, err error) {
-	conn, err := d.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	if ctlErr := conn.Control(func(fd uintptr) { n, err = call(fd) }); ctlErr != nil {
+func (d *kernelDevice) control(call func(fd uintptr) (int, error)) (n int, err error) {
+	if ctlErr := d.conn.Control(func(fd uintptr) { n, err = call(fd) }); ctlErr != nil {
 		return 0, os.ErrClosed // the one reason, under an error of package os's own
 	}
 	return n, err
 }
 
-func (d kernelDevice) Read(b []byte) (int, error) {
-	conn, err := d.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	return fdio.Read(conn, b)
-}
+func (d *kernelDevice) Read(b []byte) (int, error) { return fdio.Read(d.conn, b) }
 
-func (d kernelDevice) Write(b []byte) (int, error) {
-	conn, err := d.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	return fdio.Write(conn, b)
-}
+func (d *kernelDevice) Write(b []byte) (int, error) { return fdio.Write(d.conn, b) }
 
 // ioctl is one that does not block: none of this device's does.
-func (d kernelDevice) ioctl(req uint, args ...uint32) (int, error) {
+func (d *kernelDevice) ioctl(req uint, args ...uint32) (int, error) {
 	return d.control(func(fd uintptr) (int, error) {
 		n, _, errno := unix.RawSyscall(unix.SYS_IOCTL, fd, uintptr(req), uintptr(unsafe.Pointer(unsafe.SliceData(args))))
 		if errno != 0 {
@@ -60,16 +58,16 @@ func (d kernelDevice) ioctl(req uint, args ...uint32) (int, error) {
 	})
 }
 
-func (d kernelDevice) readNow(b []byte) (int, error) {
+func (d *kernelDevice) readNow(b []byte) (int, error) {
 	return d.control(func(fd uintptr) (int, error) { return unix.Read(int(fd), b) })
 }
 
-func (d kernelDevice) renew() (device, error) {
+func (d *kernelDevice) renew() (device, error) {
 	fd, err := d.control(func(fd uintptr) (int, error) {
 		return unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
 	})
 	if err != nil {
 		return nil, err
 	}
-	return kernelDevice{os.NewFile(uintptr(fd), d.Name())}, nil
+	return newDevice(os.NewFile(uintptr(fd), d.Name()))
 }

@@ -249,7 +249,12 @@ func (c *Conn) restart() {
 }
 
 // Write writes all of p, waiting for the client to make room.
-func (c *Conn) Write(p []byte) (int, error) {
+func (c *Conn) Write(p []byte) (int, error) { return c.write(p, true) }
+
+// TryWrite writes what there is room for, perhaps nothing.
+func (c *Conn) TryWrite(p []byte) (int, error) { return c.write(p, false) }
+
+func (c *Conn) write(p []byte, wait bool) (int, error) {
 	c.writing.Lock()
 	defer c.writing.Unlock()
 	c.l.mu.Lock()
@@ -257,7 +262,7 @@ func (c *Conn) Write(p []byte) (int, error) {
 	for {
 		n, err := c.tryWrite(p[total:])
 		total += n
-		if err != nil || total == len(p) {
+		if err != nil || total == len(p) || n == 0 && !wait {
 			broken := c.broken != nil && c.e != nil
 			c.l.mu.Unlock()
 			if broken {

@@ -231,7 +231,7 @@ func (w *world) serve(s *vchan.Stepper, conns []*session) []*session {
 	}
 	for _, c := range conns {
 		if len(c.unsaid) > 0 {
-			n, err := c.c.TryWrite(c.unsaid)
+			n, err := c.c.StepWrite(c.unsaid)
 			c.unsaid = c.unsaid[n:]
 			if err != nil {
 				c.unsaid = nil
@@ -246,7 +246,7 @@ func (w *world) serve(s *vchan.Stepper, conns []*session) []*session {
 		}
 		p := make([]byte, 16)
 		for {
-			n, err := c.c.TryRead(p)
+			n, err := c.c.StepRead(p)
 			for _, b := range p[:n] {
 				if int(b) != 100+w.sessionOf[c.number] {
 					w.fail("session %d, of client %d, read a byte of client %d", c.number, w.sessionOf[c.number], b-100)

@@ -63,8 +63,8 @@ func (s *Stepper) Close() error {
 	return s.L.closed
 }
 
-// TryRead is Read without waiting; after 0 bytes an event is asked for.
-func (c *Conn) TryRead(p []byte) (int, error) {
+// StepRead is Read without waiting; after 0 bytes an event is asked for.
+func (c *Conn) StepRead(p []byte) (int, error) {
 	n, err := c.tryRead(p)
 	if n == 0 && err == nil && c.begun && c.e != nil {
 		c.e.page.request(notifyWrite)
@@ -74,8 +74,8 @@ func (c *Conn) TryRead(p []byte) (int, error) {
 	return n, err
 }
 
-// TryWrite is Write without waiting; after 0 bytes an event is asked for.
-func (c *Conn) TryWrite(p []byte) (int, error) {
+// StepWrite is Write without waiting; after 0 bytes an event is asked for.
+func (c *Conn) StepWrite(p []byte) (int, error) {
 	n, err := c.tryWrite(p)
 	if n == 0 && err == nil && c.begun && c.e != nil {
 		c.e.page.request(notifyRead)

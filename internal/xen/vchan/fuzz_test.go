@@ -91,14 +91,14 @@ func hostile(t *testing.T, steps []byte, opt vchan.Options) {
 		case 2:
 			p := bytes.Repeat([]byte{1}, off%5000)
 			for _, c := range conns {
-				n, _ := c.TryRead(p)
+				n, _ := c.StepRead(p)
 				if i := bytes.IndexByte(p[:n], canary); i >= 0 {
 					t.Fatalf("read a byte that is not in the ring, at %d of %d", i, n)
 				}
 			}
 		case 3:
 			for _, c := range conns {
-				c.TryWrite(bytes.Repeat([]byte{v &^ 0x80}, off%5000))
+				c.StepWrite(bytes.Repeat([]byte{v &^ 0x80}, off%5000))
 			}
 		case 4:
 			for _, c := range conns {
@@ -149,7 +149,7 @@ func nextIsServed(t *testing.T, s *vchan.Stepper, x *vchantest.Xen) {
 		}
 		s.Scan()
 		if conn := s.Pending(); conn != nil {
-			if _, err := conn.TryWrite([]byte("greeting")); err == nil {
+			if _, err := conn.StepWrite([]byte("greeting")); err == nil {
 				p := make([]byte, 16)
 				if n, err := c.TryRead(p); err == nil && string(p[:n]) == "greeting" {
 					c.Detach()
