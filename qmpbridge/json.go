@@ -278,6 +278,7 @@ func (s *scanner) scan(b []byte) (n int, done bool, err error) {
 	bad := func(i int) (int, bool, error) {
 		return i, false, fmt.Errorf("JSON parse error, unexpected byte %q at offset %d", b[i:i+1], s.off+i)
 	}
+	blockEnd, blockPlain := 0, false // of b, looked through by isPlain
 	for i := 0; i < len(b); i++ {
 		c := b[i]
 	again:
@@ -362,11 +363,23 @@ func (s *scanner) scan(b []byte) (n int, done bool, err error) {
 			}
 
 		case inString:
-			start := i
-			i = s.skipPlain(b, i)
 			if s.depth > 1 {
-				i = s.skipStrings(b, i)
-			} else {
+				if i >= blockEnd {
+					blockEnd = min(i+blockSize, len(b))
+					blockPlain = s.isPlain(b[i:blockEnd])
+				}
+				if blockPlain {
+					i = s.skipStrings(b[:blockEnd], i)
+				}
+			}
+			var all byte
+			start := i
+			for i < len(b) && plain[b[i]] {
+				all |= b[i]
+				i++
+			}
+			s.high = s.high || all >= 0x80
+			if s.key {
 				s.addKey(b[start:i])
 			}
 			switch {
@@ -429,46 +442,82 @@ func (s *scanner) scan(b []byte) (n int, done bool, err error) {
 	return len(b), false, nil
 }
 
-// skipPlain gives the first offset from i on of a byte that means something in
-// a string, eight bytes at a time: a byte minus 1 (or ' ') borrows from its top bit if it is 0 (or below ' ').
-func (s *scanner) skipPlain(b []byte, i int) int {
-	const ones, tops = 0x0101010101010101, 0x8080808080808080
-	for ; len(b)-i >= 8; i += 8 {
-		w := binary.LittleEndian.Uint64(b[i:])
-		quote, escape := w^ones*'"', w^ones*'\\'
-		found := ((w-ones*' ')&^w | (quote-ones)&^quote | (escape-ones)&^escape) & tops
-		if found != 0 {
-			s.high = s.high || w&(found&-found-1)&tops != 0
-			return i + bits.TrailingZeros64(found)/8
+// plain are the bytes that mean nothing special in a string.
+var plain = func() (t [256]bool) {
+	for c := range t {
+		t[c] = c >= ' ' && c != '"' && c != '\\'
+	}
+	return t
+}()
+
+// A word of eight bytes: x-ones borrows from the top bit of a byte that is 0, and
+// w-ones*' ' from that of one below ' '.
+const ones, tops = 0x0101010101010101, 0x8080808080808080
+
+// blockSize is how much is looked through at once: one special byte makes its block slow.
+const blockSize = 2048
+
+// isPlain says whether a block has only bytes that mean nothing special in a
+// string, and quotes; and it notes whether some are ≥ 0x80.
+func (s *scanner) isPlain(b []byte) bool {
+	if bytes.IndexByte(b, '\\') >= 0 {
+		return false
+	}
+	var below, all uint64
+	for ; len(b) >= 8; b = b[8:] {
+		w := binary.LittleEndian.Uint64(b)
+		below |= (w - ones*' ') &^ w
+		all |= w
+	}
+	for _, c := range b {
+		all |= uint64(c)
+		if c < ' ' {
+			below = tops
 		}
-		s.high = s.high || w&tops != 0
 	}
-	for ; i < len(b) && b[i] >= ' ' && b[i] != '"' && b[i] != '\\'; i++ {
-		s.high = s.high || b[i] >= 0x80
-	}
-	return i
+	s.high = s.high || all&tops != 0
+	return below&tops == 0
 }
 
-// skipStrings goes on from the end of a string over further ones, as long as
-// they are apart as QEMU writes them. Most of a large answer is that. Like
-// skipPlain it stops inside of a string, at a byte that means something there.
-// Only for strings whose text nobody wants: below the outermost value's members.
+// skipStrings goes on from inside of a string of a plain block to its end and over
+// further ones, as long as they are apart as QEMU writes them. Most of a large answer
+// is that. It stops inside of a string, or at the quote that ends one. Only for
+// strings whose text nobody wants: below the outermost value's members.
 func (s *scanner) skipStrings(b []byte, i int) int {
-	for len(b)-i > 6 && b[i] == '"' {
-		switch next := b[i+1:]; {
-		case s.key && string(next[:3]) == `: "`:
+	const (
+		afterKey = uint32('"') | ':'<<8 | ' '<<16 | '"'<<24
+		nextItem = uint32('"') | ','<<8 | ' '<<16 | '"'<<24
+		// The last string of an object in an array, and the first key of the next one.
+		nextObject = uint64('"') | '}'<<8 | ','<<16 | ' '<<24 | '{'<<32 | '"'<<40
+	)
+	object, objects := s.inObject(), s.inArrayOfObjects()
+	for i >= 0 && i <= len(b)-8 {
+		w := binary.LittleEndian.Uint64(b[i:])
+		x := w ^ ones*'"'
+		end := (x - ones) &^ x & tops
+		if end == 0 {
+			i += 8
+			continue
+		}
+		i += bits.TrailingZeros64(end) / 8
+		if i > len(b)-8 {
+			break
+		}
+		switch w = binary.LittleEndian.Uint64(b[i:]); {
+		case s.key && uint32(w) == afterKey:
 			s.key = false
 			i += 4
-		case !s.key && string(next[:3]) == `, "`:
-			s.key = s.inObject()
+		case s.key:
+			return i
+		case uint32(w) == nextItem:
+			s.key = object
 			i += 4
-		case !s.key && string(next[:5]) == `}, {"` && s.inArrayOfObjects():
+		case objects && w<<16 == nextObject<<16:
 			s.key = true
 			i += 6
 		default:
 			return i
 		}
-		i = s.skipPlain(b, i)
 	}
 	return i
 }
