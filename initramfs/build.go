@@ -33,7 +33,7 @@ const QEMUAbilities = "/etc/stubinit/qemu.json"
 type Config struct {
 	Root     string    // the unpacked package tree
 	Manifest *Manifest // what of it goes in
-	Init     string    // stubinit, a static program; /init in the image
+	Init     string    // stubinit, a static program; /init in the image. May be a script for an interpreter in the image
 	Kernel   string    // release; may be empty if the tree has only one kernel
 
 	// ProbeQEMU returns the content of QEMUAbilities. command is what runs the tree's QEMU on this machine; arguments follow
@@ -299,7 +299,7 @@ func (b *builder) init(source string) error {
 	if b.qemu != nil {
 		machine = b.qemu.machine
 	}
-	if err := checkInit(source, machine); err != nil {
+	if err := b.checkInit(source, machine); err != nil {
 		return err
 	}
 	if err := b.copy("/init", source, "init"); err != nil {

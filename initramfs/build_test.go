@@ -232,7 +232,9 @@ func TestBuildErrors(t *testing.T) {
 		{name: "short kernel", files: tree{"boot/vmlinuz-6.12.1-amd64": "x"}, want: "is not an x86 bzImage"},
 		{name: "no init", change: func(c *Config) { c.Init += "x" }, want: "initx: no such file"},
 		{name: "dynamic init", files: tree{}, change: func(c *Config) { c.Init = filepath.Join(c.Root, "usr/libexec/qemu") }, want: "is not static: build it with CGO_ENABLED=0"},
-		{name: "script as init", change: func(c *Config) { c.Init = filepath.Join(c.Root, "var/lib/dpkg/status") }, want: "is not an ELF file"},
+		{name: "script as init, its interpreter absent", files: tree{"init": "#!/bin/sh -e\n"}, change: func(c *Config) { c.Init = filepath.Join(c.Root, "init") }, want: "is a script for /bin/sh, which is not in the image"},
+		{name: "script as init without interpreter", files: tree{"init": "#! \n"}, change: func(c *Config) { c.Init = filepath.Join(c.Root, "init") }, want: "no interpreter after #!"},
+		{name: "text as init", change: func(c *Config) { c.Init = filepath.Join(c.Root, "var/lib/dpkg/status") }, want: "is not an ELF file"},
 		{name: "init of another machine", files: tree{"init2": string(ELF{Machine: elf.EM_AARCH64}.Bytes())},
 			change: func(c *Config) { c.Init = filepath.Join(c.Root, "init2") }, manifest: "qemu /usr/libexec/qemu", want: "is for EM_AARCH64, the programs in the image are for EM_X86_64"},
 		{name: "program is a script", files: tree{"p": "#!/bin/sh\n" + strings.Repeat("#", 64)}, manifest: "program /p", want: "/p: bad magic number"},
@@ -516,6 +518,18 @@ func TestMemory(t *testing.T) {
 	}
 }
 
+func TestScriptInit(t *testing.T) {
+	c := config(t, tree{"boot/vmlinuz-6": string(initramfstest.BzImage(1)), "usr/bin/sh": string(ELF{}.Bytes()), "init": "#! /usr/bin/sh -e\n"}, "file /usr/bin/sh")
+	c.Init = filepath.Join(c.Root, "init")
+	im, err := Build(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := find(t, im, "/init"); got.Source != c.Init || got.Mode != 0o755 {
+		t.Errorf("/init is %+v", got)
+	}
+}
+
 func TestWrite(t *testing.T) {
 	im := build(t, initramfstest.Debian(), initramfstest.DebianManifest)
 	dir := filepath.Join(t.TempDir(), "new", "out")
@@ -541,7 +555,7 @@ func TestWrite(t *testing.T) {
 	for _, want := range []string{
 		"  qemu-stubdom-linux-kernel  Linux 6.12.1-amd64, 1024 bytes\n",
 		"  qemu-stubdom-linux-rootfs  gzip, ",
-		"qemu-system-xen 1:10.0 qemu\n",
+		"qemu-system-xen 1:10.0 qemu\n            with pixman (= 1), zlib (= 2)\n",
 		"libc6 2.41-12 libc6\n",
 		"  xen_privcmd unrestricted=1\n",
 		"/usr/libexec/qemu\n",
@@ -556,7 +570,7 @@ func TestWrite(t *testing.T) {
 	packages, err := im.packages()
 	if diff := cmp.Diff([]Package{
 		{Name: "libc6", Version: "2.41-12", Bytes: find(t, im, "/"+libDir+"libc.so.6").Size},
-		{Name: "qemu-system-xen", Version: "1:10.0", Source: "qemu", Bytes: qemu},
+		{Name: "qemu-system-xen", Version: "1:10.0", Source: "qemu", BuiltUsing: "pixman (= 1), zlib (= 2)", Bytes: qemu},
 	}, packages); diff != "" || err != nil {
 		t.Errorf("packages: %v (-want +got):\n%s", err, diff)
 	}

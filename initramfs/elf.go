@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 	"path"
 	"path/filepath"
 	"slices"
@@ -296,8 +297,19 @@ func (b *builder) libraryLink(l *linker, name, p, why string) error {
 	return fmt.Errorf("%s: the tree has none of %s", name, strings.Join(l.builtin, ", "))
 }
 
-// checkInit refuses what the kernel could not start, or what needs files that the image does not have.
-func checkInit(name string, machine elf.Machine) error {
+// checkInit refuses what the kernel could not start, or what needs files that the image does not have. An init is a static
+// program, or a script whose interpreter is in the image.
+func (b *builder) checkInit(name string, machine elf.Machine) error {
+	interpreter, err := scriptInterpreter(name)
+	if err != nil {
+		return fmt.Errorf("init: %w", err)
+	}
+	if interpreter != "" {
+		if b.entries[interpreter] == nil {
+			return fmt.Errorf("init %s is a script for %s, which is not in the image", name, interpreter)
+		}
+		return nil
+	}
 	f, err := elf.Open(name)
 	if err != nil {
 		var format *elf.FormatError
@@ -316,4 +328,28 @@ func checkInit(name string, machine elf.Machine) error {
 		return fmt.Errorf("init %s is for %v, the programs in the image are for %v", name, f.Machine, machine)
 	}
 	return nil
+}
+
+// scriptInterpreter is the path behind the #! of a script, or "" if the file is none.
+func scriptInterpreter(name string) (string, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	head := make([]byte, 256) // BINPRM_BUF_SIZE: all that the kernel looks at
+	n, err := io.ReadFull(f, head)
+	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
+		return "", err
+	}
+	line, ok := bytes.CutPrefix(head[:n], []byte("#!"))
+	if !ok {
+		return "", nil
+	}
+	line, _, _ = bytes.Cut(line, []byte("\n"))
+	words := bytes.Fields(line)
+	if len(words) == 0 {
+		return "", fmt.Errorf("%s: no interpreter after #!", name)
+	}
+	return string(words[0]), nil
 }

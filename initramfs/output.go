@@ -124,6 +124,7 @@ func (im *Image) List(w io.Writer) error {
 // Package is a Debian package that files of the image came from.
 type Package struct {
 	Name, Version, Source string // Source with its version, if they differ
+	BuiltUsing            string // sources of what was linked into it, as in Debian's field
 	Bytes                 int64  // of its files in the image
 }
 
@@ -163,6 +164,8 @@ func (im *Image) packages() ([]Package, error) {
 				p.Version = value
 			case "Source":
 				p.Source = value
+			case "Built-Using":
+				p.BuiltUsing = value
 			}
 		}
 		known[p.Name] = p
@@ -204,6 +207,9 @@ func (im *Image) report(w io.Writer) error {
 	fmt.Fprintf(w, "\nPackages (bytes in the image, name, version, source):\n")
 	for _, p := range packages {
 		fmt.Fprintf(w, "  %9d %s %s %s\n", p.Bytes, p.Name, p.Version, cmp.Or(p.Source, p.Name))
+		if p.BuiltUsing != "" {
+			fmt.Fprintf(w, "            with %s\n", p.BuiltUsing)
+		}
 	}
 	fmt.Fprintf(w, "\nKernel modules in load order:\n")
 	for _, m := range im.Modules {

@@ -174,7 +174,7 @@ func Debian() map[string]string {
 		modules + "kernel/net/llc.ko":     string(ELF{Modinfo: []string{"depends="}}.Bytes()),
 		modules + "kernel/xen-privcmd.ko": string(ELF{Modinfo: []string{"depends="}}.Bytes()),
 
-		"var/lib/dpkg/status":                    "Package: qemu-system-xen\nVersion: 1:10.0\nSource: qemu\n\nPackage: libc6\nVersion: 2.41-12\n\nPackage: unused\nVersion: 1\n",
+		"var/lib/dpkg/status":                    "Package: qemu-system-xen\nVersion: 1:10.0\nSource: qemu\nBuilt-Using: pixman (= 1), zlib (= 2)\n\nPackage: libc6\nVersion: 2.41-12\n\nPackage: unused\nVersion: 1\n",
 		"var/lib/dpkg/info/qemu-system-xen.list": "/.\n/usr/libexec/qemu\n",
 		"var/lib/dpkg/info/libc6:amd64.list":     "/lib/x86_64-linux-gnu/libc.so.6\n",
 		"var/lib/dpkg/info/unused.list":          "/usr/lib/x86_64-linux-gnu/libunused.so.1\n",
