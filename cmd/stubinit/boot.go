@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -513,6 +514,7 @@ func (a *agent) runningStep(ctx context.Context) error {
 	if _, err := a.xs.WaitFor(ctx, path, func(state string, exists bool) bool { return exists && state == "running" }); err != nil {
 		return a.orEnd(fmt.Errorf("QEMU did not write \"running\": %w", err))
 	}
+	debug.FreeOSMemory() // what the boot took and nothing needs again
 	a.logMemory()
 	return readOnlyRoot()
 }

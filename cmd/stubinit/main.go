@@ -24,6 +24,7 @@ func main() {
 		fmt.Printf("stubinit %s\nThis is PID 1 of a Xen stubdomain. mkinitramfs puts it into an image; README.md says how to boot it.\n", version)
 		os.Exit(2)
 	}
+	limitMemory()
 	a := newAgent()
 	end(a, guarded(a))
 }

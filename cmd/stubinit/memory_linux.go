@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"time"
@@ -14,7 +15,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// logMemory says how much of stubdomain_memory is left, for whoever sets it.
+// Limits of the Go runtime, which would else let the heap grow to 4 MiB before it collects for the first time. The live heap
+// is well below a MiB; a message of a toolstack may be one more.
+const (
+	heapGrowth  = 25 // percent of the live heap, or of 4 MiB
+	memoryLimit = 8 << 20
+)
+
+// limitMemory keeps the agent small: each guest's stubdomain_memory has to hold one.
+func limitMemory() {
+	debug.SetGCPercent(heapGrowth)
+	debug.SetMemoryLimit(memoryLimit)
+}
+
+// logMemory says how much of stubdomain_memory is left, for whoever sets it, and what we and QEMU take.
 func (a *agent) logMemory() {
 	total, available, err := readMeminfo()
 	if err != nil {
@@ -22,6 +36,56 @@ func (a *agent) logMemory() {
 		return
 	}
 	a.log.Info("memory", "total_mib", total>>10, "available_mib", available>>10)
+	agent, err := readProcess(os.Getpid())
+	if err != nil {
+		a.log.Debug("memory of the agent unknown", "err", err)
+		return
+	}
+	qemu, err := readProcess(a.qemu.PID())
+	if err != nil {
+		a.log.Debug("memory of QEMU unknown", "err", err)
+		return
+	}
+	a.log.Info("resident", "agent_kib", agent.resident, "qemu_kib", qemu.resident, "agent_faults", agent.faults, "qemu_faults", qemu.faults)
+}
+
+// usage is what a process has used so far.
+type usage struct {
+	resident int // KiB: VmRSS of proc_pid_status(5)
+	faults   int // page faults without I/O: minflt of proc_pid_stat(5)
+}
+
+func readProcess(pid int) (usage, error) {
+	dir := fmt.Sprintf("/proc/%d/", pid)
+	status, err := os.ReadFile(dir + "status")
+	if err != nil {
+		return usage{}, err
+	}
+	stat, err := os.ReadFile(dir + "stat")
+	if err != nil {
+		return usage{}, err
+	}
+	return parseUsage(string(status), string(stat))
+}
+
+func parseUsage(status, stat string) (u usage, err error) {
+	for line := range strings.Lines(status) {
+		if value, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			u.resident, err = strconv.Atoi(strings.TrimSuffix(strings.TrimSpace(value), " kB"))
+			if err != nil {
+				return u, fmt.Errorf("status: %q", line)
+			}
+		}
+	}
+	// The name, in parentheses, may hold anything; minflt is the eighth field after it.
+	f := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:])
+	if len(f) < 8 {
+		return u, fmt.Errorf("stat: %q", stat)
+	}
+	if u.faults, err = strconv.Atoi(f[7]); err != nil {
+		return u, fmt.Errorf("stat: minflt %q", f[7])
+	}
+	return u, nil
 }
 
 func readMeminfo() (total, available int, err error) {
