@@ -233,7 +233,7 @@ func TestBuildErrors(t *testing.T) {
 		{name: "no init", change: func(c *Config) { c.Init += "x" }, want: "initx: no such file"},
 		{name: "dynamic init", files: tree{}, change: func(c *Config) { c.Init = filepath.Join(c.Root, "usr/libexec/qemu") }, want: "is not static: build it with CGO_ENABLED=0"},
 		{name: "script as init, its interpreter absent", files: tree{"init": "#!/bin/sh -e\n"}, change: func(c *Config) { c.Init = filepath.Join(c.Root, "init") }, want: "is a script for /bin/sh, which is not in the image"},
-		{name: "script as init without interpreter", files: tree{"init": "#! \n"}, change: func(c *Config) { c.Init = filepath.Join(c.Root, "init") }, want: "no interpreter after #!"},
+		{name: "script as init without interpreter", files: tree{"init": "#! \n"}, change: func(c *Config) { c.Init = filepath.Join(c.Root, "init") }, want: "begins with #! and names no interpreter"},
 		{name: "text as init", change: func(c *Config) { c.Init = filepath.Join(c.Root, "var/lib/dpkg/status") }, want: "is not an ELF file"},
 		{name: "init of another machine", files: tree{"init2": string(ELF{Machine: elf.EM_AARCH64}.Bytes())},
 			change: func(c *Config) { c.Init = filepath.Join(c.Root, "init2") }, manifest: "qemu /usr/libexec/qemu", want: "is for EM_AARCH64, the programs in the image are for EM_X86_64"},

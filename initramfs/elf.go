@@ -349,7 +349,7 @@ func scriptInterpreter(name string) (string, error) {
 	line, _, _ = bytes.Cut(line, []byte("\n"))
 	words := bytes.Fields(line)
 	if len(words) == 0 {
-		return "", fmt.Errorf("%s: no interpreter after #!", name)
+		return "", fmt.Errorf("%s begins with #! and names no interpreter", name)
 	}
 	return string(words[0]), nil
 }
