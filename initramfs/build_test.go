@@ -518,6 +518,30 @@ func TestMemory(t *testing.T) {
 	}
 }
 
+func TestModuleSignature(t *testing.T) {
+	const ko = modDir + "kernel/x.ko"
+	plain := string(initramfstest.Debian()[modDir+"kernel/net/llc.ko"])
+	if plain == "" {
+		t.Fatal("no module in the test's Debian")
+	}
+	sign := func(length string) string {
+		return plain + "SIGNATURE" + strings.Repeat("\x00", 8) + length + "~Module signature appended~\n"
+	}
+	for name, test := range map[string]struct{ config, content, want string }{
+		"unsigned":         {"", plain, plain},
+		"signed":           {"", sign("\x00\x00\x00\x09"), plain},
+		"kernel insists":   {"CONFIG_MODULE_SIG_FORCE=y\n", sign("\x00\x00\x00\x09"), sign("\x00\x00\x00\x09")},
+		"length is absurd": {"", sign("\xff\xff\xff\xff"), sign("\xff\xff\xff\xff")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			im := build(t, tree{"lib": "-> usr/lib", "boot/vmlinuz-6.12.1-amd64": string(initramfstest.BzImage(1)), "boot/config-6.12.1-amd64": test.config, ko: test.content}, "module x")
+			if got := string(find(t, im, "/"+ko).Data); got != test.want {
+				t.Errorf("%d bytes, want %d", len(got), len(test.want))
+			}
+		})
+	}
+}
+
 func TestScriptInit(t *testing.T) {
 	c := config(t, tree{"boot/vmlinuz-6": string(initramfstest.BzImage(1)), "usr/bin/sh": string(ELF{}.Bytes()), "init": "#! /usr/bin/sh -e\n"}, "file /usr/bin/sh")
 	c.Init = filepath.Join(c.Root, "init")

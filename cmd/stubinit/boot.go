@@ -229,11 +229,9 @@ func (a *agent) modulesStep(ctx context.Context) error {
 	if err := checkUnpacked(""); err != nil {
 		return err
 	}
-	n, err := loadModules()
-	if err != nil {
+	if err := loadModules(a.log); err != nil {
 		return err
 	}
-	a.log.Debug("modules loaded", "count", n)
 	if err := checkXenDevices(""); err != nil {
 		return err
 	}

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -39,26 +41,28 @@ func parseModules(r io.Reader) ([]module, error) {
 	return list, s.Err()
 }
 
-// loadModules loads the list in one pass and returns how many there were.
-func loadModules() (int, error) {
+// loadModules loads the list in one pass.
+func loadModules(log *slog.Logger) error {
 	f, err := os.Open(modulesFile)
 	if errors.Is(err, fs.ErrNotExist) {
-		return 0, nil
+		return nil
 	}
 	if err != nil {
-		return 0, err
+		return err
 	}
 	defer f.Close()
 	list, err := parseModules(f)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	for _, m := range list {
+		start := time.Now()
 		if err := loadModule(m); err != nil {
-			return 0, hint(fmt.Errorf("load module %s: %w", m.path, err), "kernel and initrd must come from one mkinitramfs run")
+			return hint(fmt.Errorf("load module %s: %w", m.path, err), "kernel and initrd must come from one mkinitramfs run")
 		}
+		log.Debug("module loaded", "path", m.path, "took", time.Since(start))
 	}
-	return len(list), nil
+	return nil
 }
 
 func loadModule(m module) error {
