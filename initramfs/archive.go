@@ -1,11 +1,15 @@
 package initramfs
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"math/bits"
 	"os"
+	"os/exec"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -21,18 +25,20 @@ const (
 	Zstd Compression = iota
 	Gzip
 	None
+	// Zstd19 is by the zstd program, level 19: a tenth smaller than Zstd, and 28 s of work for 57 MB instead of 4 s.
+	Zstd19
 )
 
-func (c Compression) String() string { return [...]string{"zstd", "gzip", "none"}[c] }
+func (c Compression) String() string { return [...]string{"zstd", "gzip", "none", "zstd-19"}[c] }
 
 // ParseCompression is the inverse of String.
 func ParseCompression(s string) (Compression, error) {
-	for _, c := range []Compression{Zstd, Gzip, None} {
+	for _, c := range []Compression{Zstd, Gzip, None, Zstd19} {
 		if s == c.String() {
 			return c, nil
 		}
 	}
-	return 0, fmt.Errorf("compression %q: want zstd, gzip or none", s)
+	return 0, fmt.Errorf("compression %q: want zstd, zstd-19, gzip or none", s)
 }
 
 // window is how far back zstd refers, and so what the kernel allocates to unpack: no more than a small stubdomain can spare.
@@ -47,6 +53,8 @@ func (im *Image) WriteArchive(ctx context.Context, w io.Writer, c Compression) (
 		// One goroutine: with more, blocks depend on how they were cut.
 		packed, err = zstd.NewWriter(w, zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithWindowSize(window),
 			zstd.WithEncoderConcurrency(1))
+	case Zstd19:
+		packed, err = startZstd(ctx, w)
 	case Gzip:
 		packed, err = gzip.NewWriterLevel(w, gzip.BestCompression)
 	default:
@@ -63,6 +71,38 @@ func (im *Image) WriteArchive(ctx context.Context, w io.Writer, c Compression) (
 		return fmt.Errorf("compress with %v: %w", c, err)
 	}
 	return nil
+}
+
+// zstdProgram is a running zstd; what is written to it comes out packed at the writer it was started with.
+type zstdProgram struct {
+	io.WriteCloser
+	cmd    *exec.Cmd
+	stderr bytes.Buffer
+}
+
+func startZstd(ctx context.Context, w io.Writer) (*zstdProgram, error) {
+	// The number of threads does not change the bytes, as long as there is one.
+	z := &zstdProgram{cmd: exec.CommandContext(ctx, "zstd", "-19", fmt.Sprintf("--zstd=wlog=%d", bits.Len(window)-1), "-T0", "-q", "-c")}
+	z.cmd.Stdout, z.cmd.Stderr = w, &z.stderr
+	var err error
+	if z.WriteCloser, err = z.cmd.StdinPipe(); err != nil {
+		return nil, err
+	}
+	if err := z.cmd.Start(); errors.Is(err, exec.ErrNotFound) {
+		return nil, fmt.Errorf("%w: install zstd", err)
+	} else if err != nil {
+		return nil, err
+	}
+	return z, nil
+}
+
+// Close waits until all is packed.
+func (z *zstdProgram) Close() error {
+	err := z.WriteCloser.Close()
+	if waited := z.cmd.Wait(); waited != nil {
+		return fmt.Errorf("zstd: %w: %s", waited, bytes.TrimSpace(z.stderr.Bytes()))
+	}
+	return err
 }
 
 type nopCloser struct{ io.Writer }

@@ -378,7 +378,7 @@ func TestReproducible(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range []Compression{Zstd, Gzip, None} {
+	for _, c := range []Compression{Zstd, Gzip, None, Zstd19} {
 		var got [2][]byte
 		for i, config := range []Config{one, two} {
 			im, err := Build(t.Context(), config)
@@ -409,7 +409,12 @@ func TestArchive(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, r := range map[string]io.Reader{"zstd": zr, "gzip": gr} {
+	zr19, err := zstd.NewReader(bytes.NewReader(archive(t, im, Zstd19)), zstd.WithDecoderMaxWindow(window))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer zr19.Close()
+	for name, r := range map[string]io.Reader{"zstd": zr, "zstd-19": zr19, "gzip": gr} {
 		if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, plain) {
 			t.Errorf("%s: unpacks to %d bytes, error %v, want %d", name, len(got), err, len(plain))
 		}
@@ -482,7 +487,7 @@ func TestUnpacks(t *testing.T) {
 			t.Errorf("%q (-want +got):\n%s", test.config, diff)
 		}
 	}
-	for _, c := range []Compression{Zstd, Gzip, None} {
+	for _, c := range []Compression{Zstd, Gzip, None, Zstd19} {
 		if got, err := ParseCompression(c.String()); got != c || err != nil {
 			t.Errorf("%v: %v, %v", c, got, err)
 		}
