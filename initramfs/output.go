@@ -168,7 +168,9 @@ func (im *Image) packages() ([]Package, error) {
 				p.BuiltUsing = value
 			}
 		}
-		known[p.Name] = p
+		if p.Name != "" { // else lines between paragraphs
+			known[p.Name] = p
+		}
 	}
 	used := map[string]*Package{}
 	for _, e := range im.Entries {
