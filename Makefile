@@ -15,13 +15,15 @@ ICOUNT ?= 1
 LABFLAGS := $(if $(filter 1,$(ICOUNT)),-icount)
 
 .DELETE_ON_ERROR:
-.PHONY: help deps build initrd guest lab lab-shell test test-plain test-integration test-lab bench check soak clean FORCE
+.PHONY: help deps build initrd image image-twice guest lab lab-shell test test-plain test-integration test-lab bench check soak clean FORCE
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' $(MAKEFILE_LIST)
 # make deps   installs the Debian packages that all this needs
 # make build  builds stubinit and mkinitramfs
 # make initrd builds the image for SUITE (trixie, bookworm) in build/SUITE
+# make image  builds the small image for trixie in build/trixie-small: QEMU and kernel compiled from Debian's sources, once
+# make image-twice  compiles them again in a fresh chroot, and fails if one byte differs
 # make check  is for before a commit: format, vet, staticcheck, race detector, arm64
 # make soak   is for what takes too long for every change
 # make bench  measures the QMP endpoint against Debian's vchan-socket-proxy: docs/vchan-bench.md
@@ -43,6 +45,16 @@ initrd: initrd-$(SUITE)
 # Made anew each time: the builder takes seconds, and knows its inputs better than make does.
 initrd-%: deps build
 	@$(BUILD)/mkinitramfs -suite $* -o $(BUILD)/$*
+
+image: image-$(SUITE)
+
+# What was compiled once is found again by a hash of all its inputs (scripts/build-image).
+image-%: deps build
+	@scripts/build-image $* $(BUILD)/root/$*-small
+	@$(BUILD)/mkinitramfs -root $(BUILD)/root/$*-small -manifest configs/initramfs-small.manifest -compress zstd-19 -o $(BUILD)/$*-small
+
+image-twice: deps
+	@STUBINIT_TWICE=1 scripts/build-image $(SUITE) $(BUILD)/root/$(SUITE)-small
 
 include test/guest/guest.mk
 

@@ -1,0 +1,33 @@
+#!/bin/bash
+# Usage: kernel.sh SOURCE.tar.xz CONFIG BUILDDIR DESTDIR
+#
+# Builds the stubdomain's kernel. Runs in the chroot that scripts/build-image makes. DESTDIR gets boot/vmlinuz-RELEASE,
+# boot/config-RELEASE and boot/System.map-RELEASE. A run that was interrupted goes on in BUILDDIR.
+set -euo pipefail
+export LC_ALL=C
+source=$1 config=$2 build=$3 dest=$4
+
+# What else the kernel would put into itself: who built it, where and when.
+export KBUILD_BUILD_USER=stubinit KBUILD_BUILD_HOST=stubinit KBUILD_BUILD_VERSION=1 KBUILD_BUILD_TIMESTAMP="@$SOURCE_DATE_EPOCH"
+
+if [ ! -e "$build/.unpacked" ]; then
+	echo "unpacking Linux"
+	rm -rf "$build"
+	mkdir -p "$build"
+	tar -x -f "$source" -C "$build" --strip-components 1
+	touch "$build/.unpacked"
+fi
+cd "$build"
+make -s KCONFIG_ALLCONFIG="$config" allnoconfig
+
+# Kconfig drops without a word what depends on something that is not set.
+refused=$(grep -E '^(CONFIG_|# CONFIG_.* is not set)' "$config" | sort | comm -23 - <(sort .config))
+[ -z "$refused" ] || { printf 'kernel.sh: Kconfig does not take these lines of %s:\n%s\n' "$config" "$refused" >&2; exit 1; }
+
+release=$(make -s kernelrelease)
+echo "compiling Linux $release"
+make -s -j"$(nproc)" bzImage
+mkdir -p "$dest/boot"
+cp arch/x86/boot/bzImage "$dest/boot/vmlinuz-$release"
+cp .config "$dest/boot/config-$release"
+cp System.map "$dest/boot/System.map-$release"
