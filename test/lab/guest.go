@@ -174,10 +174,15 @@ func (g *Guest) bring(ctx context.Context, command string, args ...string) error
 	}
 	var times []time.Duration
 	p, err := g.lab.Begin(Command{
-		Script: `up() { read -r up _ </proc/uptime; echo $up; }; up; xl -vvv "$@" >&2; code=$?; up; exit $code`,
+		Script: createScript,
 		Args:   append([]string{command}, args...), Stderr: log,
 		Stdout: &lines{f: func(line string) {
-			if times = append(times, uptime(line)); len(times) == 1 {
+			at, domain, found := strings.Cut(line, " ")
+			if found {
+				g.stage(Stage{"QEMU of domain " + domain + " answers libxl", uptime(at)})
+				return
+			}
+			if times = append(times, uptime(at)); len(times) == 1 {
 				g.stage(Stage{"xl " + command + " began", times[0]})
 			} else {
 				g.stage(Stage{"xl " + command + " ended", times[1]})
@@ -209,6 +214,18 @@ func (g *Guest) bring(ctx context.Context, command string, args ...string) error
 	}
 	return nil
 }
+
+// createScript runs xl with what it says on standard error, and prints dom0's uptime before and after it, and with a domain's
+// id when QEMU has answered libxl for that domain. xl leaves a process behind that may hold the pipe: so not longer than 2 s.
+const createScript = `
+up() { read -r up _ </proc/uptime; echo $up $*; }
+up
+xl -vvv "$@" 2> >(tee /proc/self/fd/2 | grep --line-buffered -o 'Domain [0-9]*:QEMU version' |
+	while IFS=' :' read -r _ id _; do up $id; done) >&2
+code=$?
+up
+for _ in {1..20}; do kill -0 $! 2>/dev/null || break; sleep 0.1; done
+exit $code`
 
 func uptime(s string) time.Duration {
 	f, _ := strconv.ParseFloat(s, 64)
