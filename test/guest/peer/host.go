@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 )
@@ -39,6 +40,8 @@ const (
 	portQueue = 256
 	retry     = 500 * time.Millisecond
 )
+
+var broadcast = net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 
 // Host is one host on one link. Its methods may be called concurrently.
 type Host struct {
@@ -169,6 +172,9 @@ func (h *Host) dispatch(frame []byte, partial bool) (answer []byte) {
 	case typeARP:
 		answer, err = h.receiveARP(payload)
 	case typeIPv4:
+		if frame[0]&1 != 0 && !bytes.Equal(frame[:6], broadcast) {
+			return nil // to a group, of which we are in none: IGMP of other hosts, with options
+		}
 		answer, err = h.receiveIP(from, payload, partial)
 	case typeIPv6:
 	default:
@@ -334,7 +340,6 @@ func (h *Host) next(ctx context.Context, queue <-chan datagram, timer <-chan tim
 
 // Resolve asks for the MAC of ip, again and again until ctx ends.
 func (h *Host) Resolve(ctx context.Context, ip netip.Addr) (net.HardwareAddr, error) {
-	broadcast := net.HardwareAddr{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 	request := appendARP(appendEther(nil, broadcast, h.cfg.MAC, typeARP), 1, h.cfg.MAC, h.cfg.IP, make(net.HardwareAddr, 6), ip)
 	var mac net.HardwareAddr
 	known := func() bool { mac = h.neigh[ip]; return mac != nil }
@@ -447,4 +452,18 @@ func (h *Host) Frame(ctx context.Context, etherType uint16) ([]byte, error) {
 		return nil, fmt.Errorf("wait for a frame of type %#04x: %w", etherType, err)
 	}
 	return found, nil
+}
+
+// Frames takes all frames of an EtherType, as Frame does, that have been received and kept: the last 256 of all types.
+func (h *Host) Frames(etherType uint16) (found [][]byte) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.other = slices.DeleteFunc(h.other, func(f []byte) bool {
+		if binary.BigEndian.Uint16(f[12:]) != etherType {
+			return false
+		}
+		found = append(found, f)
+		return true
+	})
+	return found
 }

@@ -282,11 +282,12 @@ func TestReceiveCountsWhatIsWrong(t *testing.T) {
 	for _, frame := range [][]byte{
 		good, good[:10], good[:etherSize+ipSize-1], good[:len(good)-1], spoil(len(good) - 1), spoil(etherSize + 8), spoil(etherSize),
 		spoil(5), append([]byte(nil), appendEther(nil, macA, macB, typeARP)...), appendEther(nil, macA, macB, typeIPv6),
+		append(appendEther(nil, net.HardwareAddr{1, 0, 0x5e, 0, 0, 0x16}, macB, typeIPv4), 0x46), // IGMP has an IP option
 	} {
 		h.dispatch(frame, false)
 	}
 	h.dispatch(spoil(len(good)-1), true)
-	want := Stats{Frames: 11, UDP: 2, Unclaimed: 2, Malformed: 5, BadChecksum: 2, PartialChecksum: 1}
+	want := Stats{Frames: 12, UDP: 2, Unclaimed: 2, Malformed: 5, BadChecksum: 2, PartialChecksum: 1}
 	if diff := cmp.Diff(want, h.Stats()); diff != "" {
 		t.Errorf("counts (-want +got):\n%s", diff)
 	}

@@ -9,6 +9,7 @@
 //	recv PORT                   bulk transfer from the other side
 //	raw HEX                     send an Ethernet frame
 //	frame ETHERTYPE             take a received frame that is neither IP nor ARP
+//	frames ETHERTYPE            take all that have been received: their number, and the frames
 //	stats                       counts
 package main
 
@@ -91,7 +92,7 @@ func answer(ctx context.Context, out io.Writer, host *peer.Host, limit time.Dura
 	return nil
 }
 
-var usage = map[string]int{"serve": 0, "ping": 1, "udp": 3, "send": 4, "recv": 1, "raw": 1, "frame": 1, "stats": 0}
+var usage = map[string]int{"serve": 0, "ping": 1, "udp": 3, "send": 4, "recv": 1, "raw": 1, "frame": 1, "frames": 1, "stats": 0}
 
 func execute(ctx context.Context, host *peer.Host, limit time.Duration, words []string) (string, error) {
 	name, args := words[0], arguments{words: words[1:]}
@@ -154,6 +155,17 @@ func execute(ctx context.Context, host *peer.Host, limit time.Duration, words []
 		}
 		frame, err := host.Frame(ctx, uint16(etherType))
 		return fmt.Sprintf("length=%d hex=%x", len(frame), frame), err
+	case "frames":
+		etherType := args.number(0, 16)
+		if args.err != nil {
+			return "", args.err
+		}
+		frames := host.Frames(uint16(etherType))
+		text := fmt.Sprintf("count=%d", len(frames))
+		for _, f := range frames {
+			text += fmt.Sprintf(" %x", f)
+		}
+		return text, nil
 	default: // stats
 		s := host.Stats()
 		return fmt.Sprintf("frames=%d arp=%d icmp=%d udp=%d other=%d bad_sum=%d partial_sum=%d malformed=%d unclaimed=%d overrun=%d unsent=%d",

@@ -65,6 +65,7 @@ func TestCommands(t *testing.T) {
 		"recv 65536":            "err recv strconv.ParseUint",
 		"raw 0":                 "err raw encoding/hex: odd length",
 		"frame 0x10000":         "err frame strconv.ParseUint",
+		"frames 0x10000":        "err frames strconv.ParseUint",
 	} {
 		if got := say(t, hosts[0], line); !strings.HasPrefix(got, want) {
 			t.Errorf("%s: %q, want %q…", line, got, want)
@@ -79,6 +80,22 @@ func TestCommands(t *testing.T) {
 		t.Errorf("frame: %q, want %q", got, want)
 	}
 
+	const other = "020000000002" + "020000000001" + "8035" + "0304"
+	for _, f := range []string{frame, other, other} {
+		say(t, hosts[0], "raw "+f)
+	}
+	if got := say(t, hosts[1], "frame 0x888e"); !strings.Contains(got, frame) {
+		t.Errorf("frame: %q", got)
+	}
+	for _, want := range []string{"ok frames count=2 " + other + " " + other + "\n", "ok frames count=0\n"} {
+		if say(t, hosts[0], "ping 10.0.0.2"); t.Failed() { // what was sent before has come
+			break
+		}
+		if got := say(t, hosts[1], "frames 0x8035"); got != want {
+			t.Errorf("frames: %q, want %q", got, want)
+		}
+	}
+
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		if got, want := say(t, hosts[1], "recv 7001"), "ok recv bytes=5000 crc="; !strings.HasPrefix(got, want) {
@@ -89,7 +106,7 @@ func TestCommands(t *testing.T) {
 		t.Errorf("send: %q", got)
 	}
 	wg.Wait()
-	if got := say(t, hosts[1], "stats"); !strings.Contains(got, " other=1 bad_sum=0 partial_sum=0 malformed=0 ") {
+	if got := say(t, hosts[1], "stats"); !strings.Contains(got, " other=4 bad_sum=0 partial_sum=0 malformed=0 ") {
 		t.Errorf("stats: %q", got)
 	}
 }
