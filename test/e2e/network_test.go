@@ -118,6 +118,7 @@ func testStubdomainNetwork(t *testing.T, ctx context.Context, l *lab.Lab, host *
 	t.Run("frames", func(t *testing.T) { testFrames(t, ctx, g, host) })
 	t.Run("bulk", func(t *testing.T) { result = testBulk(t, ctx, g, host) })
 	t.Run("jumbo frames", func(t *testing.T) { testJumbo(t, ctx, l, g) })
+	t.Run("restore", func(t *testing.T) { testRestore(t, ctx, l, g, host) })
 	t.Run("unconnected backend", func(t *testing.T) { testUnconnected(t, ctx, l, g, host) })
 	t.Run("unplug", func(t *testing.T) { testUnplug(t, ctx, l, g, host) })
 	t.Run("reboot", func(t *testing.T) { testReboot(t, ctx, l, g, host) })
@@ -153,8 +154,8 @@ func testUnconnected(t *testing.T, ctx context.Context, l *lab.Lab, g *lab.Guest
 	expect(t, ctx, g.Stub, fmt.Sprintf(`info NIC's link is up nic=nic%d\b`, unconnected))
 	// It is the guest's fourth: the one between has no emulated NIC.
 	const fourth = 3
-	ask(t, ctx, g, fmt.Sprintf("nic %d up %s", fourth, nicIP(fourth)))
-	host.ask(t, ctx, "ping "+nicIP(fourth))
+	ask(t, ctx, g, fmt.Sprintf("nic %d up %s", fourth, nicIP(unconnected))) // the host remembers whose an address is
+	host.ask(t, ctx, "ping "+nicIP(unconnected))
 	ask(t, ctx, g, fmt.Sprintf("nic %d down", fourth))
 }
 
@@ -297,6 +298,48 @@ func testJumbo(t *testing.T, ctx context.Context, l *lab.Lab, g *lab.Guest) {
 		})
 	}
 	checkFields(t, host.ask(t, ctx, "stats"), map[string]string{"bad_sum": "0", "malformed": "0"})
+}
+
+// announcements is how often QEMU announces a guest's NIC (announce-rounds of its migration parameters).
+const announcements = 5
+
+// testRestore saves and restores the guest. Its NICs go on where they were, and QEMU, nobody else, has told the network where they are now.
+func testRestore(t *testing.T, ctx context.Context, l *lab.Lab, g *lab.Guest, host *dialogue) {
+	const file = "/root/net.save"
+	for i := range models {
+		ask(t, ctx, g, fmt.Sprintf("nic %d up %s", i, nicIP(i)))
+	}
+	if out, err := l.Run(ctx, `xl save "$1" "$2" 2>&1`, g.Name, file); err != nil {
+		t.Fatalf("xl save: %v\n%s", err, out)
+	}
+	checkFields(t, host.ask(t, ctx, "frames 0x8035"), map[string]string{"count": "0"})
+	if err := g.Restore(ctx, file); err != nil {
+		t.Fatal(err)
+	}
+	linksUp(t, ctx, g)
+	for i := range models {
+		host.ask(t, ctx, "ping "+nicIP(i))
+		checkFields(t, ask(t, ctx, g, fmt.Sprintf("nic %d ping %s 56 3", i, lanIP)), map[string]string{"received": "3", "bad": "0"})
+	}
+	// A reverse ARP request of a NIC for its own address (hw/net/announce, RFC 903), padded to the least that Ethernet has.
+	want, got := map[string]int{}, map[string]int{}
+	for i := range models {
+		mac := strings.ReplaceAll(nicMAC(i), ":", "")
+		frame := "ffffffffffff" + mac + "8035" + "0001080006040003" + mac + "00000000" + mac + "00000000"
+		want[frame+strings.Repeat("00", 60-len(frame)/2)] = announcements
+	}
+	others := strings.ReplaceAll(nicMAC(unconnected), ":", "") // may come too: a backend carries frames before it says that it has connected
+	for _, frame := range strings.Fields(host.ask(t, ctx, "frames 0x8035"))[1:] {
+		if !strings.Contains(frame, others) {
+			got[frame]++
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("announcements (-want +got):\n%s", diff)
+	}
+	if _, err := l.Run(ctx, `rm "$1"`, file); err != nil { // dom0 has it in memory
+		t.Error(err)
+	}
 }
 
 // bridgeScript prints what there is of the vifs of stubdomain $1 and guest $2: frontends, states of backends, links that work in the
