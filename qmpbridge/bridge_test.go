@@ -283,9 +283,30 @@ func TestQEMUGone(t *testing.T) {
 		start := time.Now()
 		qemu.Close()
 		toolstack.expect(fmt.Sprintf(`{"id": "a", `+gone, "stop"), fmt.Sprintf("{"+gone, "cont"))
-		toolstack.expectClose()
 		if took := time.Since(start); took > 0 {
 			t.Errorf("took %v", took)
+		}
+		// The toolstack has time to read them before the connection ends: libxl looks for that first.
+		toolstack.silent()
+		toolstack.expectClose()
+		if took := time.Since(start); took != drainLimit {
+			t.Errorf("closed after %v, want %v", took, drainLimit)
+		}
+
+		// Without anything to tell it ends at once, and when the toolstack closes.
+		_, qemu = b.session()
+		qemu.Close()
+		toolstack, qemu = b.session()
+		toolstack.send(`{"execute":"stop"}`)
+		qemu.expect("{\"execute\":\"stop\"}\n")
+		qemu.Close()
+		toolstack.expect(fmt.Sprintf("{"+gone, "stop"))
+		start = time.Now()
+		toolstack.Close()
+		b.toolstack().Close()
+		(<-b.qemus).Close()
+		if took := time.Since(start); took > 0 {
+			t.Errorf("the next session came after %v", took)
 		}
 
 		// A toolstack that does not read gets its time, and no more.

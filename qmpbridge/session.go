@@ -515,7 +515,8 @@ func (s *session) qemuGone(err error) {
 		return
 	}
 	s.gone = true
-	for _, r := range append(s.outOfBand, s.inBand...) {
+	unanswered := append(s.outOfBand, s.inBand...)
+	for _, r := range unanswered {
 		a := answer{line: r.local, cause: cause}
 		if r.local == nil {
 			a.line = errorLine(r.id, r.command+": "+errQEMUClosed.Error())
@@ -528,7 +529,11 @@ func (s *session) qemuGone(err error) {
 		}
 	}
 	s.inBand, s.outOfBand = nil, nil
-	s.toToolstack.put(answer{end: cause}, 0)
+	// libxl, which waits for an answer, looks for the connection's end first, and would not read the error: it has drainLimit to
+	// close by itself.
+	if len(unanswered) == 0 {
+		s.toToolstack.put(answer{end: cause}, 0)
+	}
 	time.AfterFunc(drainLimit, func() { s.end(cause) })
 }
 
