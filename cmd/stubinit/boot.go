@@ -18,10 +18,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stubinit/stubinit/internal/console"
-	"github.com/stubinit/stubinit/internal/fdio"
+	"github.com/stubinit/stubinit/internal/modules"
 	"github.com/stubinit/stubinit/internal/qemu"
 	"github.com/stubinit/stubinit/internal/qmp"
 	"github.com/stubinit/stubinit/internal/uevent"
+	"github.com/stubinit/stubinit/internal/xen/consring"
 	"github.com/stubinit/stubinit/internal/xen/frame"
 	"github.com/stubinit/stubinit/internal/xen/vchan"
 	"github.com/stubinit/stubinit/internal/xen/xenstore"
@@ -61,11 +62,13 @@ const (
 	xenstoreLimit = 10 * time.Second
 )
 
+// incomingPipe is how much of a state may wait for QEMU.
+const incomingPipe = 1 << 20
+
 // Where things are in the image and in /run.
 const (
 	bridgeSocket = "/run/qmp-bridge"
 	agentSocket  = "/run/qmp-agent"
-	inConsole    = "/dev/hvc2"
 )
 
 // An agent is the running stubinit. Each step fills in the fields below its name;
@@ -93,7 +96,8 @@ type agent struct {
 	media *media.Keeper
 	discs []media.Set
 	// incoming
-	incoming *os.File
+	incoming *os.File // QEMU's end of the pipe; nil if nothing is restored
+	received func()   // ends what fills it
 	// endpoint
 	endpoint net.Listener
 	// qemu
@@ -104,6 +108,8 @@ type agent struct {
 	// monitor
 	monitor *qmp.Monitor
 	state   *stateSaver
+	stopped atomic.Bool                 // QEMU's CPUs: the guest is suspended for a save, or an I/O error has stopped it
+	last    atomic.Pointer[lastMonitor] // who answers for a QEMU that has died
 }
 
 // uptime is the time since the kernel's start, the clock of its log and ours.
@@ -229,8 +235,8 @@ func (a *agent) modulesStep(ctx context.Context) error {
 	if err := checkUnpacked(""); err != nil {
 		return err
 	}
-	if err := loadModules(a.log); err != nil {
-		return err
+	if err := modules.Load(a.log); err != nil {
+		return hint(err, "kernel and initrd must come from one mkinitramfs run")
 	}
 	if err := checkXenDevices(""); err != nil {
 		return err
@@ -244,12 +250,6 @@ func (a *agent) modulesStep(ctx context.Context) error {
 	}
 	return nil
 }
-
-// Indices of struct xencons_interface (xen/include/public/io/console.h).
-const (
-	outCons = 3080
-	outProd = 3084
-)
 
 // watchRing gives the log a look at console 0's ring.
 func (a *agent) watchRing(ctx context.Context) error {
@@ -266,7 +266,8 @@ func (a *agent) watchRing(ctx context.Context) error {
 		return err
 	}
 	a.ring = f
-	a.hvc.SetFree(func() int { return console.RingFree(f.Uint32(outCons), f.Uint32(outProd)) })
+	ring := consring.New(f, nil)
+	a.hvc.SetFree(ring.Free)
 	a.console.Kick()
 	return nil
 }
@@ -323,17 +324,52 @@ func (a *agent) devicesStep(ctx context.Context) error {
 	return err
 }
 
-// incomingStep opens the state that QEMU restores from.
+// incomingStep begins to receive the state that QEMU restores from.
 func (a *agent) incomingStep(ctx context.Context) error {
 	if !qemu.IsRestore(a.cfg.dmArgv) {
 		return nil
 	}
-	err := a.waitDevices(ctx, []string{inConsole})
+	soon, cancel := context.WithTimeout(ctx, deviceLimit)
+	defer cancel()
+	if err := consring.Wait(soon, a.xs, restoreConsole); err != nil {
+		return hint(fmt.Errorf("nobody serves console %d after %v%s: %w", restoreConsole, deviceLimit, a.backendState("/dev/hvc2"), err),
+			"the log of dom0's QEMU is beside this one")
+	}
+	ring, err := consring.Open(ctx, a.xs, restoreConsole, toolstackDomain)
 	if err != nil {
 		return err
 	}
-	a.incoming, err = console.OpenRaw(inConsole, os.O_RDONLY)
-	return err
+	r, w, err := os.Pipe()
+	if err != nil {
+		ring.Close()
+		return err
+	}
+	// What dom0 has ready comes in while QEMU starts.
+	if err := setPipeSize(w, incomingPipe); err != nil {
+		a.log.Debug("the pipe for the state keeps its size", "err", err)
+	}
+	a.incoming = r
+	ctx, cancel = context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		a.receive(ctx, ring, w)
+	}()
+	a.received = func() {
+		cancel()
+		<-done
+	}
+	return nil
+}
+
+func setPipeSize(pipe *os.File, bytes int) error {
+	conn, err := pipe.SyscallConn() // not Fd, which would make it block
+	if err != nil {
+		return err
+	}
+	var failed error
+	err = conn.Control(func(fd uintptr) { _, failed = unix.FcntlInt(fd, unix.F_SETPIPE_SZ, bytes) })
+	return errors.Join(err, failed)
 }
 
 // toolstackDomain is the domain that libxl runs in.
@@ -473,7 +509,10 @@ func (a *agent) monitorStep(ctx context.Context) error {
 	}
 	v := a.monitor.Version()
 	a.log.Debug("monitor connected", "qemu", fmt.Sprintf("%d.%d.%d", v.QEMU.Major, v.QEMU.Minor, v.QEMU.Micro))
-	a.state = &stateSaver{qmp: a.monitor, xs: a.xs, log: a.log, pid: a.qemu.PID(), settle: a.settle}
+	a.state = &stateSaver{qmp: a.monitor, log: a.log, pid: a.qemu.PID(), settle: a.settle,
+		open: func(ctx context.Context) (*consring.Ring, error) {
+			return consring.Open(ctx, a.xs, saveConsole, toolstackDomain)
+		}}
 	if err := a.state.register(ctx); err != nil {
 		return a.orEnd(err)
 	}
@@ -489,7 +528,7 @@ func (a *agent) bridgeStep(ctx context.Context) error {
 	pci := &qmpbridge.PCI{Xenstore: a.xs}
 	a.service(ctx, "QMP endpoint", func(ctx context.Context) error {
 		return qmpbridge.Serve(ctx, a.endpoint, qmpbridge.Options{
-			Dial:     func(ctx context.Context) (net.Conn, error) { return fdio.DialUnix(ctx, bridgeSocket) },
+			Dial:     a.dialMonitor,
 			PCIReady: pci.Ready,
 			Save:     a.state,
 			Log:      a.log,
@@ -511,6 +550,9 @@ func (a *agent) runningStep(ctx context.Context) error {
 	path := a.cfg.devicePath() + "/state"
 	if _, err := a.xs.WaitFor(ctx, path, func(state string, exists bool) bool { return exists && state == "running" }); err != nil {
 		return a.orEnd(fmt.Errorf("QEMU did not write \"running\": %w", err))
+	}
+	if a.received != nil {
+		a.received()
 	}
 	debug.FreeOSMemory() // what the boot took and nothing needs again
 	a.logMemory()

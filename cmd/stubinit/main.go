@@ -44,8 +44,7 @@ func guarded(a *agent) (err error) {
 func run(a *agent) error {
 	// PID 1 gets only those signals that it asks for; these are nobody's way to end it.
 	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGPIPE, syscall.SIGXFSZ)
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
+	ctx := context.Background() // services go on until the power-off: libxl may still need an answer
 	for _, s := range sequence {
 		if err := a.runStep(ctx, s); err != nil {
 			return &stepError{s.name, err}

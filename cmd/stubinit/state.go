@@ -5,28 +5,27 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"os"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/stubinit/stubinit/internal/console"
 	"github.com/stubinit/stubinit/internal/qmp"
-	"github.com/stubinit/stubinit/internal/xen/frame"
-	"github.com/stubinit/stubinit/internal/xen/xenstore"
+	"github.com/stubinit/stubinit/internal/xen/consring"
 )
 
 // stateSet is the fdset that libxl tells QEMU to save to: /dev/fdset/1
 // (stubdom.txt, "Environment exposed by stubdomain to qemu").
 const stateSet = 1
 
-// stateConsole carries the saved state to dom0's file.
-const stateConsole = "/dev/hvc1"
+// Consoles of saved states (stubdom.txt: STUBDOM_CONSOLE_SAVE, STUBDOM_CONSOLE_RESTORE).
+const (
+	saveConsole    = 1
+	restoreConsole = 2
+)
 
 // A stateSaver is the bridge's Saver. QEMU opens the file of a save for writing and truncates
 // it, which a console cannot bear: so fdset 1 is a memfd with exactly that access mode. When QEMU
@@ -34,7 +33,6 @@ const stateConsole = "/dev/hvc1"
 // and only then does the answer reach libxl, which reads its file at once.
 type stateSaver struct {
 	qmp    *qmp.Monitor
-	xs     *xenstore.Client
 	log    *slog.Logger
 	pid    int                             // QEMU's
 	settle func(ctx context.Context) error // nil: do not wait for dom0's file
@@ -45,15 +43,7 @@ type stateSaver struct {
 	most  int64    // bytes that it may have in this save
 	spent bool     // dom0's file has a state, or a part of one
 
-	// Console 1 and its ring; nil is the real one. Tests have others.
-	openOut func() (io.WriteCloser, error)
-	mapRing func(ref uint32) (ringFrame, error)
-}
-
-// A ringFrame is a *frame.Frame.
-type ringFrame interface {
-	Uint32(offset int) uint32
-	Close() error
+	open func(ctx context.Context) (*consring.Ring, error) // console 1's ring
 }
 
 // register gives QEMU an empty file as fdset 1.
@@ -175,7 +165,7 @@ func (s *stateSaver) Commit(ctx context.Context) error {
 		return err
 	}
 	took := time.Since(start)
-	s.log.Info("state saved", "bytes", n, "took", took, "waited_for_dom0", waited, "kib_per_s", int64(float64(n)/1024/took.Seconds()))
+	s.log.Info("state saved", "bytes", n, "took", took, "waited_for_dom0", waited, "kib_per_s", rate(n, took))
 	return nil
 }
 
@@ -200,40 +190,49 @@ func (s *stateSaver) Abort(ctx context.Context, cause error) error {
 
 // copy says how many bytes it has copied, and for how long it has waited for dom0 to take them.
 func (s *stateSaver) copy(ctx context.Context) (n int64, waited time.Duration, err error) {
-	ring, err := s.outRing(ctx)
+	ring, err := s.open(ctx)
 	if err != nil {
 		return 0, 0, err
 	}
-	defer ring.close()
-	openOut := s.openOut
-	if openOut == nil {
-		openOut = func() (io.WriteCloser, error) { return console.OpenRaw(stateConsole, os.O_WRONLY) }
-	}
-	out, err := openOut()
-	if err != nil {
-		return 0, 0, err
-	}
-	defer out.Close()
+	defer ring.Close()
 	if _, err := s.state.Seek(0, io.SeekStart); err != nil {
 		return 0, 0, err
 	}
-	n, err = ring.send(ctx, out, s.state)
-	s.spent = n > 0 && ring.file
+	n, err = send(ctx, ring, s.state)
+	s.spent = n > 0 && ring.File
 	switch {
 	case err != nil:
-		return n, ring.waited, fmt.Errorf("copy the state to console 1: %w", err)
+		return n, ring.Waited, fmt.Errorf("copy the state to console 1: %w", err)
 	case n == 0:
 		return 0, 0, errors.New("QEMU saved an empty state")
 	}
-	if err := ring.drained(ctx); err != nil {
-		return n, ring.waited, err
+	if err := ring.Drain(ctx); err != nil {
+		return n, ring.Waited, fmt.Errorf("console 1: the end of the state: %w", err)
 	}
 	if s.settle != nil {
 		if err := s.settle(ctx); err != nil {
 			s.log.Warn("the end of the state may not be in dom0's file yet", "err", err)
 		}
 	}
-	return n, ring.waited, nil
+	return n, ring.Waited, nil
+}
+
+// send gives a state to console 1, and says how much of it went there.
+func send(ctx context.Context, ring *consring.Ring, state io.Reader) (n int64, err error) {
+	buf := make([]byte, 64<<10)
+	for {
+		m, err := state.Read(buf)
+		k, werr := ring.Write(ctx, buf[:m])
+		n += int64(k)
+		switch {
+		case werr != nil:
+			return n, werr
+		case err == io.EOF:
+			return n, nil
+		case err != nil:
+			return n, err
+		}
+	}
 }
 
 // settleLimit is for a dom0 that does not read console 0.
@@ -251,122 +250,63 @@ func (a *agent) settle(ctx context.Context) error {
 	if err := a.console.Flush(ctx); err != nil {
 		return err
 	}
-	if _, err := (&outRing{frame: a.ring}).room(ctx, ringBytes); err != nil {
+	if err := consring.New(a.ring, nil).Drain(ctx); err != nil {
 		return fmt.Errorf("console 0: %w", err)
 	}
 	return nil
 }
 
-// An outRing is console 1's ring, seen from outside.
-type outRing struct {
-	frame  ringFrame
-	file   bool          // what dom0's QEMU takes from it goes to a file
-	waited time.Duration // for dom0, in all
+// receive moves the state from console 2 to QEMU until ctx ends, or QEMU has closed its end: the state has no end that could
+// be seen here.
+func (a *agent) receive(ctx context.Context, ring *consring.Ring, qemu io.WriteCloser) {
+	defer qemu.Close()                                      // before its time, it is an error that QEMU reports
+	defer context.AfterFunc(ctx, func() { qemu.Close() })() // ends a write
+	defer ring.Close()
+	start := time.Now()
+	var n int
+	var took, waited time.Duration // until the last byte
+	cut := time.AfterFunc(incomingSilence, func() {
+		a.log.Warn("no more of the state comes; if QEMU still waits for it, it was cut off when it was saved: was dom0's /var/lib/xen full?", "for", incomingSilence)
+	})
+	defer cut.Stop()
+	buf, have := make([]byte, incomingChunk), 0
+	for {
+		patience := incomingPatience
+		if have == 0 {
+			patience = 0
+		}
+		m, err := ring.Read(ctx, buf[have:], patience)
+		if have += m; err == nil && (m == 0 || have == len(buf)) {
+			if _, err = qemu.Write(buf[:have]); err == nil {
+				n, have = n+have, 0
+				took, waited = time.Since(start), ring.Waited
+				cut.Reset(incomingSilence)
+			}
+		}
+		switch {
+		case err == nil:
+			continue
+		case ctx.Err() == nil && !errors.Is(err, unix.EPIPE):
+			a.log.Error("the state breaks off", "bytes", n, "err", err)
+		default:
+			a.log.Info("state received", "bytes", n, "took", took, "waited_for_dom0", waited, "kib_per_s", rate(int64(n), took))
+		}
+		return
+	}
 }
-
-// outRing finds console 1's ring, and an error if nobody reads it: a write to a full ring stops the stubdomain.
-func (s *stateSaver) outRing(ctx context.Context) (*outRing, error) {
-	backend, err := s.xs.ReadString(ctx, "device/console/1/backend")
-	if err != nil {
-		return nil, err
-	}
-	state, err := s.xs.ReadString(ctx, backend+"/state")
-	if err != nil {
-		return nil, err
-	}
-	if state != "4" {
-		return nil, fmt.Errorf("nobody reads console 1: %s/state is %s, not 4", backend, state)
-	}
-	output, err := s.xs.Read(ctx, "device/console/1/output")
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
-	ref, err := s.xs.ReadString(ctx, "device/console/1/ring-ref")
-	if err != nil {
-		return nil, err
-	}
-	gref, err := strconv.ParseUint(ref, 10, 32)
-	if err != nil {
-		return nil, fmt.Errorf("xenstore device/console/1/ring-ref: %q is not a grant reference", ref)
-	}
-	mapRing := s.mapRing
-	if mapRing == nil {
-		mapRing = func(ref uint32) (ringFrame, error) { return frame.MapGranted(ref, toolstackDomain) }
-	}
-	f, err := mapRing(uint32(gref))
-	if err != nil {
-		return nil, err
-	}
-	return &outRing{frame: f, file: strings.HasPrefix(output, "file:")}, nil
-}
-
-func (r *outRing) close() { r.frame.Close() }
 
 const (
-	ringBytes = 2048 // struct xencons_interface.out
-
-	// A ring that is full is looked at again after firstLook, then after twice as long each time, at most lastLook:
-	// Linux has no event for it.
-	firstLook = 50 * time.Microsecond
-	lastLook  = 10 * time.Millisecond
-
-	// stallLimit is how long dom0 may leave the ring as it is.
-	stallLimit = 30 * time.Second
+	// incomingChunk is how much QEMU gets at once (it reads as much): its way through its main loop costs as much time as 1 KiB of
+	// state does.
+	incomingChunk = 32 << 10
+	// incomingPatience is how long what there is waits for more.
+	incomingPatience = 5 * time.Millisecond
 )
 
-// send writes the state, never more at once than the ring has room for: the
-// kernel would spin with interrupts off for the rest, and with it the whole stubdomain.
-func (r *outRing) send(ctx context.Context, out io.Writer, state io.Reader) (n int64, err error) {
-	buf := make([]byte, ringBytes)
-	for {
-		free, err := r.room(ctx, ringBytes/2)
-		if err != nil {
-			return n, err
-		}
-		m, err := state.Read(buf[:free])
-		if m > 0 {
-			if _, err := out.Write(buf[:m]); err != nil {
-				return n, err
-			}
-			n += int64(m)
-		}
-		if err == io.EOF {
-			return n, nil
-		}
-		if err != nil {
-			return n, err
-		}
-	}
-}
+// incomingSilence is how long a state may pause before that is said. QEMU needs less to start.
+const incomingSilence = 8 * time.Second
 
-// drained waits until dom0 has taken everything out of the ring.
-func (r *outRing) drained(ctx context.Context) error {
-	if _, err := r.room(ctx, ringBytes); err != nil {
-		return fmt.Errorf("console 1: dom0 did not read the end of the state: %w", err)
-	}
-	return nil
-}
-
-// room waits until at least so many bytes of the ring are free, and returns how many are.
-func (r *outRing) room(ctx context.Context, want int) (int, error) {
-	last, since := -1, time.Now()
-	defer func(start time.Time) { r.waited += time.Since(start) }(since)
-	for look := firstLook; ; look = min(2*look, lastLook) {
-		free := console.RingFree(r.frame.Uint32(outCons), r.frame.Uint32(outProd))
-		if free >= want {
-			return free, nil
-		}
-		if err := ctx.Err(); err != nil {
-			return 0, context.Cause(ctx)
-		}
-		if free != last {
-			last, since, look = free, time.Now(), firstLook
-		}
-		if time.Since(since) > stallLimit {
-			return 0, fmt.Errorf("dom0 has not read it for %v", stallLimit)
-		}
-		// Not time.Sleep, which sleeps a millisecond at least: at 1 KiB a look that would be the throughput.
-		ts := unix.NsecToTimespec(look.Nanoseconds())
-		_ = unix.Nanosleep(&ts, nil)
-	}
+// rate is in KiB/s.
+func rate(bytes int64, took time.Duration) int64 {
+	return int64(float64(bytes) / 1024 / max(took, 1).Seconds())
 }

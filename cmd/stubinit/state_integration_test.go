@@ -50,7 +50,7 @@ func TestSaveRealQEMU(t *testing.T) {
 	if err := m.ConnectContext(ctx); err != nil {
 		t.Fatal(err)
 	}
-	s, _, c, _, _ := newSaver(t)
+	s, _, c, _ := newSaver(t)
 	s.qmp = m // not the fake
 	s.log = slog.New(slog.DiscardHandler)
 	if err := s.Prepare(ctx); err != nil {
@@ -70,13 +70,13 @@ func TestSaveRealQEMU(t *testing.T) {
 		if _, err := io.Copy(saved, io.NewSectionReader(s.state, 0, 1<<30)); err != nil {
 			t.Fatal(err)
 		}
-		c.out.Reset()
 		if err := s.Commit(ctx); err != nil {
 			t.Fatalf("save %d: %v", i, err)
 		}
+		out := c.taken()
 		// QEMU_VM_FILE_MAGIC, migration/qemu-file.h.
-		if !bytes.HasPrefix(c.out.Bytes(), []byte("QEVM")) || !bytes.Equal(c.out.Bytes(), saved.Bytes()) {
-			t.Errorf("save %d: %d bytes on console 1, %d saved, start %q", i, c.out.Len(), saved.Len(), c.out.Bytes()[:min(8, c.out.Len())])
+		if !bytes.HasPrefix(out, []byte("QEVM")) || !bytes.Equal(out, saved.Bytes()) {
+			t.Errorf("save %d: %d bytes on console 1, %d saved, start %q", i, len(out), saved.Len(), out[:min(8, len(out))])
 		}
 	}
 	if err := s.Abort(ctx, io.ErrUnexpectedEOF); err != nil {

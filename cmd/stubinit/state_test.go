@@ -20,7 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stubinit/stubinit/internal/qmp"
-	"github.com/stubinit/stubinit/internal/xen/xenstore/xenstoretest"
+	"github.com/stubinit/stubinit/internal/xen/consring"
+	"github.com/stubinit/stubinit/internal/xen/frame"
 )
 
 // A fakeQEMU is the other end of a monitor, with fdset 1 as QEMU has it.
@@ -212,67 +213,95 @@ func (q *fakeQEMU) takeCalls() []string {
 	return calls
 }
 
-// A fakeConsole is console 1 with its ring, and dom0, which takes a few bytes each time that somebody looks at its index.
+// A fakeConsole is console 1's ring, and dom0, which takes a few bytes with each event.
 type fakeConsole struct {
-	t          *testing.T
-	out        bytes.Buffer
-	cons, prod uint32
-	pace       uint32 // bytes that dom0 takes at once; 0: it does not read
-	open       int    // descriptors and mappings
-	writeError error
+	frame  *frame.Frame
+	out    bytes.Buffer
+	pace   uint32 // bytes that dom0 takes at once; 0: it does not read
+	events int
+	fail   error // of the second event on
+	file   bool
+	done   chan struct{} // closed at the test's end
+	mu     sync.Mutex
 }
 
-// Write takes no more than there is room for: the kernel would spin.
-func (c *fakeConsole) Write(p []byte) (int, error) {
-	if c.writeError != nil {
-		return 0, c.writeError
-	}
-	if free := 2048 - (c.prod - c.cons); uint32(len(p)) > free {
-		c.t.Errorf("a write of %d bytes into a ring with room for %d", len(p), free)
-	}
-	c.prod += uint32(len(p))
-	return c.out.Write(p)
+// Places in struct xencons_interface (xen/include/public/io/console.h).
+const (
+	outRing = 1024
+	outCons = 3080
+	outProd = 3084
+)
+
+func newFakeConsole(t *testing.T) *fakeConsole {
+	c := &fakeConsole{frame: frame.Of(make([]byte, frame.Size)), pace: 700, file: true, done: make(chan struct{})}
+	const nearWrap = 0xfffffff0
+	c.frame.SetUint32(outCons, nearWrap)
+	c.frame.SetUint32(outProd, nearWrap)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			select {
+			case <-c.done:
+				return
+			case <-time.After(20 * time.Microsecond):
+				c.take()
+			}
+		}
+	}()
+	t.Cleanup(func() { close(c.done); <-ended })
+	return c
 }
 
-func (c *fakeConsole) Close() error { c.open--; return nil }
-
-type fakeRing struct{ c *fakeConsole }
-
-func (r fakeRing) Uint32(offset int) uint32 {
-	switch offset {
-	case outProd:
-		return r.c.prod
-	case outCons:
-		cons := r.c.cons
-		r.c.cons += min(r.c.pace, r.c.prod-r.c.cons)
-		return cons
+func (c *fakeConsole) take() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	cons := c.frame.Uint32(outCons)
+	n := min(c.pace, c.frame.Uint32(outProd)-cons)
+	for i := range n {
+		c.out.WriteByte(c.frame.Bytes()[outRing+int(cons+i)%2048])
 	}
-	panic("not an index of the output ring")
+	c.frame.SetUint32(outCons, cons+n)
 }
 
-func (r fakeRing) Close() error { r.c.open--; return nil }
+// send is an event for dom0.
+func (c *fakeConsole) send() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.events++; c.events > 1 {
+		return c.fail
+	}
+	return nil
+}
 
-// newSaver is a saver whose fdset 1 is registered.
-func newSaver(t *testing.T) (*stateSaver, *fakeQEMU, *fakeConsole, *xenstoretest.Server, *logBuffer) {
+func (c *fakeConsole) open(context.Context) (*consring.Ring, error) {
+	r := consring.New(c.frame, c.send)
+	r.File = c.file
+	return r, nil
+}
+
+func (c *fakeConsole) setPace(n uint32) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.pace = n
+}
+
+// taken is what dom0 has taken since the last time.
+func (c *fakeConsole) taken() []byte {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	b := bytes.Clone(c.out.Bytes())
+	c.out.Reset()
+	return b
+}
+
+// newSaver is a saver whose fdset 1 is registered, and which can save more than once.
+func newSaver(t *testing.T) (*stateSaver, *fakeQEMU, *fakeConsole, *logBuffer) {
 	t.Helper()
 	q, m := newFakeQEMU(t)
-	store := storeOf(t, map[string]string{
-		"/local/domain/6/device/console/1/backend":     "/local/domain/0/backend/console/6/1",
-		"/local/domain/6/device/console/1/ring-ref":    "9",
-		"/local/domain/0/backend/console/6/1/state":    "4",
-		"/local/domain/0/backend/console/6/1/protocol": "vt100",
-	})
-	const nearWrap = 0xfffffff0
-	log, c := new(logBuffer), &fakeConsole{t: t, cons: nearWrap, prod: nearWrap, pace: 700}
-	s := &stateSaver{qmp: m, xs: store.Dial(testSelf), log: slog.New(slog.NewTextHandler(log, nil))}
-	s.openOut = func() (io.WriteCloser, error) { c.open++; return c, nil }
-	s.mapRing = func(ref uint32) (ringFrame, error) {
-		if ref != 9 {
-			t.Errorf("ring is grant %d, want 9", ref)
-		}
-		c.open++
-		return fakeRing{c}, nil
-	}
+	log, c := new(logBuffer), newFakeConsole(t)
+	c.file = false
+	s := &stateSaver{qmp: m, log: slog.New(slog.NewTextHandler(log, nil)), open: c.open}
 	if err := s.register(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -284,7 +313,7 @@ func newSaver(t *testing.T) (*stateSaver, *fakeQEMU, *fakeConsole, *xenstoretest
 	if d := cmp.Diff([]string{"add-fd"}, q.takeCalls()); d != "" {
 		t.Errorf("commands of register (-want +got):\n%s", d)
 	}
-	return s, q, c, store, log
+	return s, q, c, log
 }
 
 // memfds are the state files that this process has open, QEMU's included.
@@ -313,7 +342,7 @@ func everyByte(n int) []byte {
 
 // Saves in a row: each is whole on console 1 before Commit returns, and nothing is left of it.
 func TestSave(t *testing.T) {
-	s, q, c, _, log := newSaver(t)
+	s, q, c, log := newSaver(t)
 	for _, size := range []int{1, 200<<10 + 17, 64 << 10, 5000} {
 		if err := s.Prepare(t.Context()); err != nil {
 			t.Fatal(err)
@@ -322,24 +351,17 @@ func TestSave(t *testing.T) {
 			t.Errorf("commands of Prepare (-want +got):\n%s", d)
 		}
 		q.save(t, everyByte(size))
-		c.out.Reset()
 		if err := s.Commit(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if c.cons != c.prod {
-			t.Errorf("Commit returned with %d bytes that dom0 had not taken", c.prod-c.cons)
-		}
-		if !bytes.Equal(c.out.Bytes(), everyByte(size)) {
-			t.Errorf("%d bytes came out as %d others", size, c.out.Len())
+		if got := c.taken(); !bytes.Equal(got, everyByte(size)) { // all of it, when Commit returns
+			t.Errorf("%d bytes came out as %d others", size, len(got))
 		}
 		if d := cmp.Diff([]string{"remove-fd", "add-fd"}, q.takeCalls()); d != "" {
 			t.Errorf("commands of Commit (-want +got):\n%s", d)
 		}
 		if want := fmt.Sprintf("msg=\"state saved\" bytes=%d ", size); !strings.Contains(log.String(), want) {
 			t.Errorf("log lacks %s:\n%s", want, log)
-		}
-		if c.open != 0 {
-			t.Errorf("console and ring: %d are still open", c.open)
 		}
 		if n := memfds(t); n != 2 { // the next save's: ours, QEMU's
 			t.Errorf("%d descriptors of state files, want 2", n)
@@ -349,50 +371,32 @@ func TestSave(t *testing.T) {
 
 // A save that fails says why, gives console, ring and memory back, and Abort lets the guest go on with a fresh fdset 1.
 func TestSaveFails(t *testing.T) {
-	const backend = "/local/domain/0/backend/console/6/1/state"
 	for _, tt := range []struct {
 		name  string
 		state string
-		spoil func(*stateSaver, *fakeConsole, *xenstoretest.Server)
+		spoil func(*stateSaver, *fakeConsole)
 		want  string
 	}{
-		{"empty state", "", func(*stateSaver, *fakeConsole, *xenstoretest.Server) {}, "QEMU saved an empty state"},
-		{"nobody reads", "x", func(_ *stateSaver, _ *fakeConsole, x *xenstoretest.Server) { x.Set(backend, "2") }, "nobody reads console 1: " + backend + " is 2, not 4"},
-		{"no backend", "x", func(_ *stateSaver, _ *fakeConsole, x *xenstoretest.Server) {
-			x.Remove("/local/domain/6/device/console/1/backend")
-		}, "device/console/1/backend"},
-		{"no state", "x", func(_ *stateSaver, _ *fakeConsole, x *xenstoretest.Server) { x.Remove(backend) }, backend},
-		{"no ring", "x", func(_ *stateSaver, _ *fakeConsole, x *xenstoretest.Server) {
-			x.Remove("/local/domain/6/device/console/1/ring-ref")
-		}, "device/console/1/ring-ref"},
-		{"ring no number", "x", func(_ *stateSaver, _ *fakeConsole, x *xenstoretest.Server) {
-			x.Set("/local/domain/6/device/console/1/ring-ref", "nine")
-		}, `xenstore device/console/1/ring-ref: "nine" is not a grant reference`},
-		{"ring not mapped", "x", func(s *stateSaver, _ *fakeConsole, _ *xenstoretest.Server) {
-			s.mapRing = func(uint32) (ringFrame, error) { return nil, errors.New("not a grant") }
-		}, "not a grant"},
-		{"console not opened", "x", func(s *stateSaver, _ *fakeConsole, _ *xenstoretest.Server) {
-			s.openOut = func() (io.WriteCloser, error) { return nil, errors.New("no such console") }
-		}, "no such console"},
-		{"write fails", "x", func(_ *stateSaver, c *fakeConsole, _ *xenstoretest.Server) { c.writeError = unix.EIO }, "copy the state to console 1: "},
-		{"never drained", "x", func(_ *stateSaver, c *fakeConsole, _ *xenstoretest.Server) { c.pace = 0 }, "dom0 did not read the end of the state"},
-		{"full for ever", strings.Repeat("x", 5000), func(_ *stateSaver, c *fakeConsole, _ *xenstoretest.Server) { c.pace = 0 }, "copy the state to console 1: context deadline exceeded"},
+		{"empty state", "", func(*stateSaver, *fakeConsole) {}, "QEMU saved an empty state"},
+		{"no ring", "x", func(s *stateSaver, _ *fakeConsole) {
+			s.open = func(context.Context) (*consring.Ring, error) { return nil, errors.New("nobody serves console 1") }
+		}, "nobody serves console 1"},
+		{"no event", strings.Repeat("x", 5000), func(_ *stateSaver, c *fakeConsole) { c.fail = unix.EIO }, "copy the state to console 1: input/output error"},
+		{"never drained", "x", func(_ *stateSaver, c *fakeConsole) { c.setPace(0) }, "console 1: the end of the state: context deadline exceeded"},
+		{"full for ever", strings.Repeat("x", 5000), func(_ *stateSaver, c *fakeConsole) { c.setPace(0) }, "copy the state to console 1: context deadline exceeded"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			s, q, c, store, log := newSaver(t)
+			s, q, c, log := newSaver(t)
 			if err := s.Prepare(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			q.save(t, []byte(tt.state))
-			tt.spoil(s, c, store)
+			tt.spoil(s, c)
 			ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 			defer cancel()
 			err := s.Commit(ctx)
 			if err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("Commit: %v, want %s", err, tt.want)
-			}
-			if c.open != 0 {
-				t.Errorf("console and ring: %d are still open", c.open)
 			}
 			if strings.Contains(log.String(), "state saved") {
 				t.Errorf("log:\n%s", log)
@@ -416,7 +420,7 @@ func TestSaveFails(t *testing.T) {
 
 // QEMU before 9.1 keeps a removed descriptor while the guest is stopped: the memory behind it must be free all the same.
 func TestSaveFreesMemory(t *testing.T) {
-	s, q, _, _, _ := newSaver(t)
+	s, q, _, _ := newSaver(t)
 	q.save(t, everyByte(1<<20))
 	q.mu.Lock()
 	kept, err := unix.Dup(int(q.set.Fd()))
@@ -436,7 +440,7 @@ func TestSaveFreesMemory(t *testing.T) {
 
 // QEMU's refusals: of remove-fd they mean that there is no set; of add-fd they are the save's end, but the guest goes on.
 func TestSaveRefused(t *testing.T) {
-	s, q, _, _, _ := newSaver(t)
+	s, q, _, _ := newSaver(t)
 	q.mu.Lock()
 	q.set.Close()
 	q.set = nil // as after a monitor's close with QEMU before 9.1
@@ -467,12 +471,67 @@ func TestSaveRefused(t *testing.T) {
 
 // A monitor that has ended ends a save with an error.
 func TestSaveWithoutQEMU(t *testing.T) {
-	s, _, _, _, _ := newSaver(t)
+	s, _, _, _ := newSaver(t)
 	s.qmp.Disconnect()
 	if err := s.Prepare(t.Context()); !errors.Is(err, qmp.ErrClosed) {
 		t.Errorf("Prepare: %v", err)
 	}
 	if err := s.Abort(t.Context(), errors.New("gone")); !errors.Is(err, qmp.ErrClosed) {
 		t.Errorf("Abort: %v", err)
+	}
+}
+
+// The state to restore from reaches QEMU as dom0 sent it, as far as it has come when QEMU has all; then dom0 is left alone.
+func TestReceive(t *testing.T) {
+	const inCons, inProd = 3072, 3076
+	for _, tt := range []struct {
+		name  string
+		spoil func(*frame.Frame, *os.File, context.CancelFunc)
+		log   string
+	}{
+		{"QEMU runs", func(_ *frame.Frame, _ *os.File, cancel context.CancelFunc) { cancel() }, `level=INFO msg="state received" bytes=10000 `},
+		{"QEMU has closed it", func(f *frame.Frame, qemu *os.File, _ context.CancelFunc) {
+			qemu.Close()
+			f.SetUint32(inProd, f.Uint32(inProd)+1)
+		}, `level=INFO msg="state received" bytes=10000 `},
+		{"broken ring", func(f *frame.Frame, _ *os.File, _ context.CancelFunc) { f.SetUint32(inProd, f.Uint32(inProd)+2000) }, `level=ERROR msg="the state breaks off" bytes=10000 err="the console's ring is broken`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			f, log := frame.Of(make([]byte, frame.Size)), new(logBuffer)
+			a := newAgent()
+			a.log = slog.New(slog.NewTextHandler(log, nil))
+			r, w, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			if err := setPipeSize(w, 64<<10); err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			done := make(chan struct{})
+			go func() { a.receive(ctx, consring.New(f, func() error { return nil }), w); close(done) }()
+			want := everyByte(10000)
+			for i := range want { // dom0
+				for f.Uint32(inProd)-f.Uint32(inCons) == consring.InSize {
+					time.Sleep(10 * time.Microsecond)
+				}
+				f.Bytes()[i%consring.InSize] = want[i]
+				f.SetUint32(inProd, uint32(i+1))
+			}
+			got := make([]byte, len(want))
+			if _, err := io.ReadFull(r, got); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("QEMU got others, %v", err)
+			}
+			tt.spoil(f, r, cancel)
+			<-done
+			if !strings.Contains(log.String(), tt.log) {
+				t.Errorf("log lacks %s:\n%s", tt.log, log)
+			}
+			if n, err := r.Read(got); n != 0 || err == nil {
+				t.Errorf("%d bytes more, %v, want the end", n, err)
+			}
+		})
 	}
 }

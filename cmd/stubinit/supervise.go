@@ -100,6 +100,12 @@ func (a *agent) followEvents(ctx context.Context, events <-chan qmp.Event) error
 	defer unplugs.Wait()
 	for e := range events {
 		a.log.Debug("QEMU event", "event", e.Event, "data", e.Data)
+		switch e.Event {
+		case "STOP": // at a save's beginning, when libxl has suspended the guest
+			a.stopped.Store(true)
+		case "RESUME":
+			a.stopped.Store(false)
+		}
 		if e.Event != "DEVICE_DELETED" {
 			continue
 		}
@@ -132,6 +138,11 @@ const partingLimit = 500 * time.Millisecond
 // The guest cannot go on without its device model, and nothing in libxl notices: it is shut down with reason crash, so
 // that its on_crash applies. That makes xl destroy this domain too, so the words come first.
 func (a *agent) fatal(err error) {
+	var last *lastMonitor
+	if a.stopped.Load() && a.qemu != nil {
+		last = newLastMonitor(a.monitor.Version())
+		a.last.Store(last)
+	}
 	a.log.Error(err.Error())
 	ctx, cancel := context.WithTimeout(context.Background(), partingLimit)
 	defer cancel()
@@ -145,6 +156,12 @@ func (a *agent) fatal(err error) {
 		_ = a.qemu.Kill(syscall.SIGKILL)
 	}
 	a.shutDownGuest(privcmd.Crash)
+	if last != nil {
+		a.log.Info("the guest is suspended: waiting for the toolstack to resume it after its failed save", "limit", resumeLimit)
+		if err := a.shutDownSuspended(last); err != nil {
+			a.log.Error("the guest stays suspended: destroy it with xl destroy", "domid", a.cfg.target, "err", err)
+		}
+	}
 }
 
 // shutDownGuest ends the target. A guest that has ended by itself keeps its own reason.

@@ -76,13 +76,3 @@ func (h *HVC) Write(p []byte) (int, error) {
 
 // Close closes the tty.
 func (h *HVC) Close() error { return unix.Close(h.fd) }
-
-// RingFree computes the free bytes of an output ring from its indices, which
-// count modulo 2^32; indices that do not fit the ring mean 0.
-func RingFree(cons, prod uint32) int {
-	used := prod - cons
-	if used > ringSize {
-		return 0
-	}
-	return ringSize - int(used)
-}

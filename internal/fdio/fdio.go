@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -68,6 +69,12 @@ func call(number, fd uintptr, b []byte) (int, error) {
 			return 0, errno
 		}
 	}
+}
+
+// Sleep sleeps for about d, which is short: no other goroutine gets the processor meanwhile. Signals may end it sooner.
+func Sleep(d time.Duration) {
+	ts := unix.NsecToTimespec(d.Nanoseconds())
+	_, _, _ = unix.RawSyscall(unix.SYS_NANOSLEEP, uintptr(unsafe.Pointer(&ts)), 0, 0)
 }
 
 // Conn is a stream socket that is read and written so.

@@ -89,3 +89,13 @@ func TestErrors(t *testing.T) {
 		t.Errorf("no socket: %v", err)
 	}
 }
+
+func TestSleep(t *testing.T) {
+	start := time.Now()
+	for range 20 { // signals of the runtime may end one
+		Sleep(2 * time.Millisecond)
+	}
+	if took := time.Since(start); took < 20*time.Millisecond || took > time.Second {
+		t.Errorf("20 times 2 ms took %v", took)
+	}
+}

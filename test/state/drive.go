@@ -39,9 +39,9 @@ func drive(ctx context.Context, args []string, out io.Writer) error {
 	flags := flag.NewFlagSet("state drive", flag.ContinueOnError)
 	domid := flags.Int("domid", 0, "the guest")
 	socket := flags.String("socket", "", "its channel's `socket`")
-	rounds := flags.Int("rounds", 20, "streams to send, with console.OpenRaw at the other end")
+	rounds := flags.Int("rounds", 20, "streams to send, with consring at the other end")
 	size := flags.Int("bytes", 256<<10, "length of a stream")
-	naive := flags.Int("naive", 3, "streams to send first for each way that is not console.OpenRaw")
+	naive := flags.Int("naive", 3, "streams to send first for each way that is not consring")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -70,7 +70,7 @@ func drive(ctx context.Context, args []string, out io.Writer) error {
 	}
 	wrong := 0
 	for i := range 2**naive + *rounds {
-		r := request{Round: i, Bytes: *size, Way: raw}
+		r := request{Round: i, Bytes: *size, Way: direct}
 		switch {
 		case i < *naive:
 			r.Way = quick
@@ -86,7 +86,7 @@ func drive(ctx context.Context, args []string, out io.Writer) error {
 		}
 		took := time.Since(start)
 		echo := d.echoed.Load() - echoed
-		if r.Way == raw && (!o.exact() || echo != 0) {
+		if r.Way == direct && (!o.exact() || echo != 0) {
 			wrong++
 		}
 		fmt.Fprintf(out, "way=%s moment=%q %v echoed=%d took=%s\n", r.Way, moment, o, echo, took.Round(time.Millisecond))

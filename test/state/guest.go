@@ -4,17 +4,19 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/stubinit/stubinit/internal/console"
+	"github.com/stubinit/stubinit/internal/modules"
+	"github.com/stubinit/stubinit/internal/xen/consring"
 	"github.com/stubinit/stubinit/internal/xen/xenstore"
 )
 
 const (
-	streamConsole = "/dev/hvc1" // an xl.cfg's first channel
+	streamConsole = 1 // an xl.cfg's first channel
 	orderNode     = "data/order"
 	answerNode    = "data/answer"
 
@@ -39,11 +41,17 @@ func obey(ctx context.Context) error {
 			return fmt.Errorf("mount %s: %w", fs[1], err)
 		}
 	}
+	if err := modules.Load(slog.Default()); err != nil {
+		return err
+	}
 	xs, err := xenstore.Open()
 	if err != nil {
 		return err
 	}
 	defer xs.Close()
+	if err := consring.Wait(ctx, xs, streamConsole); err != nil {
+		return err
+	}
 	last := "ready"
 	if err := xs.Write(ctx, answerNode, last); err != nil {
 		return err
@@ -59,7 +67,11 @@ func obey(ctx context.Context) error {
 			return fmt.Errorf("order %q: %w", order, err)
 		}
 		answer := func(text string) error { return xs.Write(ctx, answerNode, fmt.Sprintf("%d %s", r.Round, text)) }
-		got, err := receive(r, func() error { return answer("open") })
+		open := openNaive
+		if r.Way == direct {
+			open = func(request) (input, error) { return openRing(ctx, xs) }
+		}
+		got, err := receive(open, r, func() error { return answer("open") })
 		if err != nil {
 			return err
 		}
@@ -69,58 +81,71 @@ func obey(ctx context.Context) error {
 	}
 }
 
+// An input gives bytes of a stream, and 0 when none come within a while.
+type input interface {
+	read(p []byte, within time.Duration) (int, error)
+	Close() error
+}
+
 // receive opens the console and reads a stream from it.
-func receive(r request, opened func() error) ([]byte, error) {
-	open := console.OpenRaw
-	switch r.Way {
-	case quick:
-		open = func(path string, flag int) (*os.File, error) { return openNaive(path, flag, 0) }
-	case stty:
-		open = func(path string, flag int) (*os.File, error) { return openNaive(path, flag, sttyStart) }
-	}
-	f, err := open(streamConsole, os.O_RDONLY)
+func receive(open func(request) (input, error), r request, opened func() error) ([]byte, error) {
+	in, err := open(r)
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
+	defer in.Close()
 	if err := opened(); err != nil {
 		return nil, err
 	}
-	fd := int(f.Fd())
 	got := make([]byte, 0, r.Bytes+4096)
 	for {
-		left := silence
+		within := silence
 		if len(got) >= r.Bytes { // nothing more should come
-			left = silence / 10
+			within = silence / 10
 		}
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(left.Milliseconds()))
-		switch {
-		case errors.Is(err, unix.EINTR):
-			continue
-		case err != nil:
-			return nil, fmt.Errorf("poll %s: %w", streamConsole, err)
-		case n == 0 || len(got) == cap(got):
-			return got, nil
+		n, err := in.read(got[len(got):cap(got)], within)
+		if err != nil || n == 0 {
+			return got, err
 		}
-		n, err = unix.Read(fd, got[len(got):cap(got)])
-		if err != nil && !errors.Is(err, unix.EINTR) {
-			return nil, fmt.Errorf("read %s: %w", streamConsole, err)
-		}
-		got = got[:len(got)+max(n, 0)]
+		got = got[:len(got)+n]
 	}
+}
+
+// A ringInput reads the ring, as stubinit does.
+type ringInput struct {
+	*consring.Ring
+	ctx context.Context
+}
+
+func openRing(ctx context.Context, xs *xenstore.Client) (input, error) {
+	ring, err := consring.Open(ctx, xs, streamConsole, 0)
+	return ringInput{ring, ctx}, err
+}
+
+func (r ringInput) read(p []byte, within time.Duration) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	return r.Read(r.ctx, p, within)
 }
 
 // sttyStart is what a shell takes to fork and execute stty.
 const sttyStart = 5 * time.Millisecond
 
+// A ttyInput reads the console's tty.
+type ttyInput struct{ *os.File }
+
 // openNaive opens the console like any file, and makes it raw after a while. That may be soon enough, as khvcd and the
 // kworker must run in between for a byte to be lost.
-func openNaive(path string, flag int, pause time.Duration) (*os.File, error) {
-	fd, err := unix.Open(path, flag|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+func openNaive(r request) (input, error) {
+	path := fmt.Sprintf("/dev/hvc%d", streamConsole)
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	time.Sleep(pause)
+	if r.Way == stty {
+		time.Sleep(sttyStart)
+	}
 	t, err := unix.IoctlGetTermios(fd, unix.TCGETS)
 	if err == nil {
 		t.Iflag, t.Oflag, t.Lflag = 0, 0, 0
@@ -131,5 +156,28 @@ func openNaive(path string, flag int, pause time.Duration) (*os.File, error) {
 		unix.Close(fd)
 		return nil, &os.PathError{Op: "set raw mode of", Path: path, Err: err}
 	}
-	return os.NewFile(uintptr(fd), path), nil
+	return ttyInput{os.NewFile(uintptr(fd), path)}, nil
+}
+
+func (t ttyInput) read(p []byte, within time.Duration) (int, error) {
+	fd := int(t.Fd())
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(within.Milliseconds()))
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case err != nil:
+			return 0, fmt.Errorf("poll %s: %w", t.Name(), err)
+		case n == 0 || len(p) == 0:
+			return 0, nil
+		}
+		n, err = unix.Read(fd, p)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return 0, fmt.Errorf("read %s: %w", t.Name(), err)
+		}
+		return n, nil
+	}
 }

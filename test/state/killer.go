@@ -33,7 +33,13 @@ func killer() error {
 		if err != nil {
 			return err
 		}
-		return killAtSave(pid)
+		err = killAtSave(pid)
+		// Standard error is QEMU's alone; the kernel's log is shown on console 0, errors even if it is quiet.
+		if kmsg, e := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0); e == nil {
+			fmt.Fprintf(kmsg, "<3>state: QEMU is killed as it saves: %v\n", err)
+			kmsg.Close()
+		}
+		return err
 	}
 	// The process's own descriptors stay QEMU's alone.
 	p, err := os.StartProcess(killerPath, []string{killerPath, killArg, strconv.Itoa(os.Getpid())}, &os.ProcAttr{Files: []*os.File{nil, nil, nil}})
@@ -63,38 +69,35 @@ func killAtSave(pid int) error {
 	if err := unix.SchedSetAttr(0, attr, 0); err != nil {
 		return fmt.Errorf("sched_setattr: %w", err)
 	}
-	fds := fmt.Sprintf("/proc/%d/fd", pid)
 	ts := unix.NsecToTimespec((200 * time.Microsecond).Nanoseconds())
-	for path := ""; ; unix.Nanosleep(&ts, nil) {
-		var st unix.Stat_t
-		if path == "" || unix.Stat(path, &st) != nil {
-			var err error
-			if path, err = findState(fds); err != nil {
-				return err
-			}
-			continue
+	for ; ; unix.Nanosleep(&ts, nil) {
+		saving, err := hasState(fmt.Sprintf("/proc/%d/fd", pid))
+		if err != nil {
+			return err
 		}
-		if st.Size > 0 {
+		if saving {
 			return unix.Kill(pid, unix.SIGKILL)
 		}
 	}
 }
 
-// findState gives the descriptor of the state's memory file, or "".
-func findState(fds string) (string, error) {
+// hasState says whether one of a process's descriptors is a state's memory file with something in it. It may have more than
+// one such file: QEMU before 9.1 keeps removed ones while the guest is stopped.
+func hasState(fds string) (bool, error) {
 	entries, err := os.ReadDir(fds)
 	if err != nil {
-		return "", err
+		return false, err
 	}
 	for _, e := range entries {
 		path := filepath.Join(fds, e.Name())
 		target, err := os.Readlink(path)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return "", err
+			return false, err
 		}
-		if strings.HasPrefix(target, "/memfd:state") {
-			return path, nil
+		var st unix.Stat_t
+		if strings.HasPrefix(target, "/memfd:state") && unix.Stat(path, &st) == nil && st.Size > 0 {
+			return true, nil
 		}
 	}
-	return "", nil
+	return false, nil
 }

@@ -1,5 +1,5 @@
-// Command state shows that a console brings every byte to a domain that opens it with console.OpenRaw, as stubinit opens
-// the state of a restore. It is both sides:
+// Command state shows that a console brings every byte to a domain that opens it through package consring, as stubinit
+// does for the state of a restore. It is both sides:
 //
 //	state (as /init)                    a PV guest, which reads streams from console 1
 //	state drive -domid N -socket PATH   in dom0: sends them through the guest's channel device, and says what arrived

@@ -65,9 +65,9 @@ type request struct {
 
 // Ways to open the console.
 const (
-	raw   = "raw"   // console.OpenRaw
-	quick = "quick" // open it like any file, then make it raw at once
-	stty  = "stty"  // the same with the time that a shell takes to start stty in between
+	direct = "direct" // consring
+	quick  = "quick"  // open it like any file, then make it raw at once
+	stty   = "stty"   // the same with the time that a shell takes to start stty in between
 )
 
 func (r request) String() string {

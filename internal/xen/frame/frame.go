@@ -4,7 +4,7 @@
 // tty counts as drained while 2 KiB are still in the ring.
 //
 // A PV domain may map its own frames: IOCTL_PRIVCMD_MMAP with DOMID_SELF
-// (xen/include/public/xen.h) maps a machine frame number, here always read-only.
+// (xen/include/public/xen.h) maps a machine frame number.
 // The frame number of console 0 is in xenstore (console/ring-ref, written by the
 // domain builder); that of console N is found through its grant reference
 // (device/console/N/ring-ref) in our own grant table.
@@ -29,25 +29,33 @@ const domidSelf = 0x7ff0
 
 // A mapper is what this package needs of the kernel; ioctl_linux.go has the real one.
 type mapper interface {
-	// mapFrame maps one of our frames read-only and returns its Size bytes.
-	mapFrame(mfn uint64) ([]byte, error)
+	// mapFrame maps one of our frames and returns its Size bytes.
+	mapFrame(mfn uint64, write bool) ([]byte, error)
 	unmap(mem []byte) error
 	// grantTable gives the first n frame numbers of our grant table.
 	grantTable(n uint32) ([]uint64, error)
 }
 
-// A Frame is a read-only mapping of one frame.
+// A Frame is a mapping of one frame. What Map gives is read-only, and a write to it a fault.
 type Frame struct {
 	m     mapper
 	mem   []byte
 	close sync.Once
 }
 
-// Map maps machine frame mfn of our own domain.
-func Map(mfn uint64) (*Frame, error) { return mapWith(kernel{}, mfn) }
+// Map maps machine frame mfn of our own domain, for reading.
+func Map(mfn uint64) (*Frame, error) { return mapWith(kernel{}, mfn, false) }
 
-func mapWith(m mapper, mfn uint64) (*Frame, error) {
-	mem, err := m.mapFrame(mfn)
+// Of is a Frame of Size bytes of ordinary memory, aligned to 4. Its Close does nothing.
+func Of(mem []byte) *Frame { return &Frame{m: ordinary{}, mem: mem[:Size:Size]} }
+
+// ordinary has nothing to unmap.
+type ordinary struct{ mapper }
+
+func (ordinary) unmap([]byte) error { return nil }
+
+func mapWith(m mapper, mfn uint64, write bool) (*Frame, error) {
+	mem, err := m.mapFrame(mfn, write)
 	if err != nil {
 		return nil, fmt.Errorf("map own frame %#x through %s: %w", mfn, Device, err)
 	}
@@ -56,11 +64,22 @@ func mapWith(m mapper, mfn uint64) (*Frame, error) {
 
 // Uint32 reads the aligned 32-bit value at a byte offset, atomically.
 func (f *Frame) Uint32(offset int) uint32 {
-	_ = f.mem[offset+3]
-	return atomic.LoadUint32((*uint32)(unsafe.Pointer(&f.mem[offset])))
+	return atomic.LoadUint32(f.word(offset))
 }
 
-// Close unmaps the frame; a Uint32 after it is a fault.
+// SetUint32 writes the aligned 32-bit value at a byte offset, atomically.
+func (f *Frame) SetUint32(offset int, v uint32) {
+	atomic.StoreUint32(f.word(offset), v)
+}
+
+func (f *Frame) word(offset int) *uint32 {
+	return (*uint32)(unsafe.Pointer(unsafe.SliceData(f.mem[offset : offset+4])))
+}
+
+// Bytes is the frame's memory, which the other domain may change at any time.
+func (f *Frame) Bytes() []byte { return f.mem }
+
+// Close unmaps the frame; to use it after that is a fault.
 func (f *Frame) Close() (err error) {
 	f.close.Do(func() { err = f.m.unmap(f.mem) })
 	return err
@@ -76,7 +95,7 @@ const (
 )
 
 // MapGranted maps the frame that grant reference ref of ours gives to domain
-// to. An entry that is not such a grant is an error.
+// to, for reading and writing. An entry that is not such a grant is an error.
 func MapGranted(ref uint32, to uint16) (*Frame, error) { return mapGrantedWith(kernel{}, ref, to) }
 
 func mapGrantedWith(m mapper, ref uint32, to uint16) (*Frame, error) {
@@ -89,7 +108,7 @@ func mapGrantedWith(m mapper, ref uint32, to uint16) (*Frame, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find own grant table: %w", err)
 	}
-	t, err := mapWith(m, frames[table])
+	t, err := mapWith(m, frames[table], false)
 	if err != nil {
 		return nil, err
 	}
@@ -101,5 +120,5 @@ func mapGrantedWith(m mapper, ref uint32, to uint16) (*Frame, error) {
 	if flags&typeMask != permitAccess || domid != to {
 		return nil, fmt.Errorf("grant reference %d: flags %#x, domain %d: not a frame given to domain %d", ref, flags, domid, to)
 	}
-	return mapWith(m, uint64(mfn))
+	return mapWith(m, uint64(mfn), true)
 }

@@ -14,9 +14,11 @@ type fakeMapper struct {
 	table  []uint64
 	err    error
 	mapped int
+	write  bool // the last time
 }
 
-func (f *fakeMapper) mapFrame(mfn uint64) ([]byte, error) {
+func (f *fakeMapper) mapFrame(mfn uint64, write bool) ([]byte, error) {
+	f.write = write
 	mem, ok := f.frames[mfn]
 	if !ok {
 		return nil, errors.New("EINVAL")
@@ -70,6 +72,10 @@ func TestMapGranted(t *testing.T) {
 		if got := f.Uint32(3080); got != 0xdeadbeef {
 			t.Errorf("reference %d: %#x at 3080", tt.ref, got)
 		}
+		f.SetUint32(3084, 0xcafe)
+		if got := binary.LittleEndian.Uint32(ring[3084:]); got != 0xcafe || !m.write || &f.Bytes()[0] != &ring[0] {
+			t.Errorf("reference %d: wrote %#x, mapped for writing: %t", tt.ref, got, m.write)
+		}
 		f.Close()
 		f.Close() // once is enough
 	}
@@ -106,9 +112,24 @@ func TestLayout(t *testing.T) {
 	}
 }
 
+func TestOf(t *testing.T) {
+	mem := make([]byte, Size)
+	f := Of(mem)
+	f.SetUint32(8, 0x01020304)
+	if mem[8] != 4 || f.Uint32(8) != 0x01020304 || len(f.Bytes()) != Size {
+		t.Errorf("memory %x", mem[8:12])
+	}
+	if err := f.Close(); err != nil || f.Uint32(8) == 0 {
+		t.Errorf("Close: %v", err)
+	}
+}
+
 func TestNoDevice(t *testing.T) {
 	if _, err := Map(1); err == nil || !strings.Contains(err.Error(), Device) {
 		t.Errorf("Map without Xen: %v", err)
+	}
+	if _, err := OpenPort(3); err == nil {
+		t.Error("OpenPort without Xen: no error")
 	}
 	if _, err := MapGranted(9, 0); err == nil {
 		t.Error("MapGranted without Xen: no error")

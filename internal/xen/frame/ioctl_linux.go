@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -16,8 +17,10 @@ const (
 )
 
 const (
-	hypercallGrantTableOp = 20 // __HYPERVISOR_grant_table_op
-	grantSetupTable       = 2  // GNTTABOP_setup_table
+	hypercallGrantTableOp   = 20 // __HYPERVISOR_grant_table_op
+	grantSetupTable         = 2  // GNTTABOP_setup_table
+	hypercallEventChannelOp = 32 // __HYPERVISOR_event_channel_op
+	eventSend               = 4  // EVTCHNOP_send, struct evtchn_send: u32 port
 )
 
 type privcmdHypercall struct {
@@ -49,7 +52,7 @@ type setupTable struct {
 // kernel is the real mapper.
 type kernel struct{}
 
-func (kernel) mapFrame(mfn uint64) ([]byte, error) {
+func (kernel) mapFrame(mfn uint64, write bool) ([]byte, error) {
 	f, err := os.OpenFile(Device, os.O_RDWR, 0)
 	if err != nil {
 		return nil, err
@@ -59,10 +62,14 @@ func (kernel) mapFrame(mfn uint64) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	prot := unix.PROT_READ
+	if write {
+		prot |= unix.PROT_WRITE
+	}
 	var mem []byte
 	var failed error
 	err = c.Control(func(fd uintptr) {
-		mem, failed = unix.Mmap(int(fd), 0, Size, unix.PROT_READ, unix.MAP_SHARED)
+		mem, failed = unix.Mmap(int(fd), 0, Size, prot, unix.MAP_SHARED)
 		if failed != nil {
 			return
 		}
@@ -115,3 +122,47 @@ func (kernel) grantTable(n uint32) ([]uint64, error) {
 	}
 	return frames, err
 }
+
+// A Port is one end of an event channel that the kernel has bound, such as a console's. /dev/xen/evtchn sends only on its own.
+type Port struct {
+	f    *os.File
+	conn syscall.RawConn
+	port *uint32
+	call *privcmdHypercall
+}
+
+// OpenPort gives a local port to send events on.
+func OpenPort(port uint32) (*Port, error) {
+	f, err := os.OpenFile(Device, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := f.SyscallConn()
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	p := &Port{f: f, conn: conn, port: &port}
+	p.call = &privcmdHypercall{op: hypercallEventChannelOp, arg: [5]uint64{eventSend, uint64(uintptr(unsafe.Pointer(p.port)))}}
+	return p, nil
+}
+
+// Send sends an event to the other end.
+func (p *Port) Send() error {
+	var errno unix.Errno
+	err := p.conn.Control(func(fd uintptr) {
+		// Raw: it never blocks (package fdio).
+		_, _, errno = unix.RawSyscall(unix.SYS_IOCTL, fd, ioctlHypercall, uintptr(unsafe.Pointer(p.call)))
+	})
+	runtime.KeepAlive(p)
+	if err == nil && errno != 0 {
+		err = errno
+	}
+	if err != nil {
+		return fmt.Errorf("send an event on port %d: %w", *p.port, err)
+	}
+	return nil
+}
+
+// Close ends the use of the port; the kernel keeps it.
+func (p *Port) Close() error { return p.f.Close() }

@@ -21,7 +21,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/stubinit/stubinit/initramfs"
+	"github.com/stubinit/stubinit/internal/modules"
 	xenvchan "github.com/stubinit/stubinit/internal/xen/vchan"
 	"github.com/stubinit/stubinit/internal/xen/xenstore"
 	"github.com/stubinit/stubinit/qmpbridge"
@@ -57,7 +57,7 @@ func initDomain(ctx context.Context) error {
 			return fmt.Errorf("mount %s on %s: %w", m.fstype, m.target, err)
 		}
 	}
-	if err := loadModules(); err != nil {
+	if err := modules.Load(slog.Default()); err != nil {
 		return err
 	}
 	xs, err := xenstore.Open()
@@ -264,31 +264,6 @@ func switches(pid int) (int, error) {
 		}
 	}
 	return sum, nil
-}
-
-// loadModules loads what the image's builder listed: a path and parameters a line, in load order.
-func loadModules() error {
-	list, err := os.ReadFile(initramfs.ModulesList)
-	if err != nil {
-		return err
-	}
-	for line := range strings.Lines(string(list)) {
-		file, params, _ := strings.Cut(strings.TrimSpace(line), " ")
-		f, err := os.Open(file)
-		if err != nil {
-			return err
-		}
-		flags := 0
-		if !strings.HasSuffix(file, ".ko") { // the kernel unpacks it
-			flags = unix.MODULE_INIT_COMPRESSED_FILE
-		}
-		err = unix.FinitModule(int(f.Fd()), params, flags)
-		f.Close()
-		if err != nil && err != unix.EEXIST {
-			return fmt.Errorf("load %s: %w", file, err)
-		}
-	}
-	return nil
 }
 
 // serve is a process of its own: one of our services.
