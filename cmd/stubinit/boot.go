@@ -104,6 +104,7 @@ type agent struct {
 	reaper *qemu.Reaper
 	qemu   *qemu.Process
 	tail   qemu.Tail
+	held   bool           // the limit held back QEMU's last lines; set when output is done
 	output sync.WaitGroup // the reader of QEMU's output
 	// monitor
 	monitor *qmp.Monitor
@@ -287,7 +288,6 @@ func (a *agent) configStep(ctx context.Context) error {
 		a.log.Debug("dm-argv", "n", i+1, "arg", arg)
 	}
 	a.publish(ctx, "version", version)
-	a.publishPhase(ctx, "config")
 	return nil
 }
 
@@ -462,6 +462,7 @@ func (a *agent) openOutput() (*os.File, error) {
 		defer a.output.Done()
 		defer r.Close()
 		_, _ = io.Copy(io.MultiWriter(log, &a.tail), r) // ends with QEMU
+		a.held = log.Held()
 		_ = log.Close()
 	}()
 	return w, nil
@@ -499,6 +500,7 @@ func findQEMU(root string) (string, error) {
 func (a *agent) monitorStep(ctx context.Context) error {
 	ctx, cancel := a.whileQEMU(ctx, monitorLimit)
 	defer cancel()
+	defer a.reportOverdue("QEMU does not answer on its monitor")()
 	conn, err := dial(ctx, agentSocket)
 	if err != nil {
 		return a.orEnd(err)
@@ -547,6 +549,7 @@ func (a *agent) bridgeStep(ctx context.Context) error {
 func (a *agent) runningStep(ctx context.Context) error {
 	ctx, cancel := a.whileQEMU(ctx, runningLimit)
 	defer cancel()
+	defer a.reportOverdue("QEMU has not written \"running\" for the toolstack")()
 	path := a.cfg.devicePath() + "/state"
 	if _, err := a.xs.WaitFor(ctx, path, func(state string, exists bool) bool { return exists && state == "running" }); err != nil {
 		return a.orEnd(fmt.Errorf("QEMU did not write \"running\": %w", err))

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"sync"
 	"syscall"
 	"time"
 
+	"github.com/stubinit/stubinit/internal/qemu"
 	"github.com/stubinit/stubinit/internal/qmp"
 	"github.com/stubinit/stubinit/internal/xen/privcmd"
 	"github.com/stubinit/stubinit/netup"
@@ -59,6 +61,12 @@ func (a *agent) qemuEnd() error {
 	if exit.Success() && a.step.Load() == "supervise" {
 		a.log.Info("QEMU ended", "how", exit, "max_rss_kib", exit.MaxRSS)
 		return nil
+	}
+	a.log.Info("QEMU's memory", "max_rss_kib", exit.MaxRSS)
+	if a.held {
+		for _, line := range a.tail.Lines() {
+			a.log.Error("QEMU's last lines", "line", line)
+		}
 	}
 	said := ""
 	if lines := a.tail.Lines(); len(lines) > 0 {
@@ -131,8 +139,33 @@ func (a *agent) followEvents(ctx context.Context, events <-chan qmp.Event) error
 	return a.monitor.Err()
 }
 
+// libxl destroys the stubdomain, and with it what could be asked, when the device model does not run 30 s after the unpause
+// (libxl_internal.h, LIBXL_STUBDOM_START_TIMEOUT), which is when the kernel's clock starts.
+const (
+	overdueAt    = 25 * time.Second // by uptime
+	overdueLeast = 5 * time.Second  // of the wait itself
+)
+
+// reportOverdue logs what a QEMU that does not get ready is doing, before it is too late to ask. The returned function ends it.
+func (a *agent) reportOverdue(what string) (stop func()) {
+	return a.reportAfter(max(overdueAt-uptime(), overdueLeast), what)
+}
+
+func (a *agent) reportAfter(wait time.Duration, what string) (stop func()) {
+	t := time.AfterFunc(wait, func() {
+		a.log.Error(what+" yet; libxl gives up 30 s after the start", "waited", wait)
+		for _, line := range qemu.StuckReport(os.DirFS("/proc"), a.qemu.PID()) {
+			a.log.Error("late QEMU", "proc", line)
+		}
+	})
+	return func() { t.Stop() }
+}
+
 // Limits of the parting words: the guest waits for its shutdown meanwhile.
-const partingLimit = 500 * time.Millisecond
+const (
+	partingLimit = 500 * time.Millisecond
+	partingBytes = 8 << 10 // of older lines that go before them
+)
 
 // fatal says why the stubdomain ends: on console 0, and in xenstore's error node.
 // The guest cannot go on without its device model, and nothing in libxl notices: it is shut down with reason crash, so
@@ -143,15 +176,18 @@ func (a *agent) fatal(err error) {
 		last = newLastMonitor(a.monitor.Version())
 		a.last.Store(last)
 	}
+	a.console.Shed(partingBytes)
 	a.log.Error(err.Error())
-	ctx, cancel := context.WithTimeout(context.Background(), partingLimit)
-	defer cancel()
-	a.publish(ctx, "error", err.Error())
+	said, cancel := context.WithTimeout(context.Background(), partingLimit)
+	a.publish(said, "error", err.Error())
+	cancel()
 	if a.hvc != nil {
 		a.hvc.AllowLastWords(lastWordsBytes)
 		a.console.Kick()
 	}
-	_ = a.console.Flush(ctx)
+	said, cancel = context.WithTimeout(context.Background(), partingLimit)
+	_ = a.console.Flush(said)
+	cancel()
 	if a.qemu != nil {
 		_ = a.qemu.Kill(syscall.SIGKILL)
 	}
@@ -166,22 +202,43 @@ func (a *agent) fatal(err error) {
 
 // shutDownGuest ends the target. A guest that has ended by itself keeps its own reason.
 func (a *agent) shutDownGuest(reason privcmd.Reason) {
-	if a.cfg == nil {
+	ctx, cancel := context.WithTimeout(context.Background(), partingLimit)
+	defer cancel()
+	target, ok := a.targetDomain(ctx)
+	if !ok {
 		return
 	}
-	if err := privcmd.RemoteShutdown(a.cfg.target, reason); err != nil {
-		a.log.Error("the guest could not be shut down and hangs: destroy it with xl destroy", "domid", a.cfg.target, "err", err)
+	if err := privcmd.RemoteShutdown(target, reason); err != nil {
+		a.log.Error("the guest could not be shut down and hangs: destroy it with xl destroy", "domid", target, "err", err)
 		return
 	}
-	a.log.Info("guest shut down", "domid", a.cfg.target, "reason", reason)
+	a.log.Info("guest shut down", "domid", target, "reason", reason)
+}
+
+// targetDomain is the guest, also before the configuration was read; false as long as nobody can say.
+func (a *agent) targetDomain(ctx context.Context) (uint16, bool) {
+	switch {
+	case a.cfg != nil:
+		return a.cfg.target, true
+	case a.xs == nil:
+		return 0, false
+	}
+	target, err := readDomid(ctx, a.xs, "target")
+	if err != nil {
+		a.log.Debug("the guest is not known", "err", err)
+	}
+	return target, err == nil
 }
 
 // publish writes a node of device-model/<g>/stubinit, for whoever looks with xenstore-ls.
 func (a *agent) publish(ctx context.Context, node, value string) {
-	if a.cfg == nil {
+	ctx, cancel := context.WithTimeout(ctx, xenstoreLimit)
+	defer cancel()
+	target, ok := a.targetDomain(ctx)
+	if !ok {
 		return
 	}
-	if err := a.xs.Write(ctx, a.cfg.devicePath()+"/stubinit/"+node, value); err != nil {
+	if err := a.xs.Write(ctx, fmt.Sprintf("device-model/%d/stubinit/%s", target, node), value); err != nil {
 		a.log.Debug("not published", "node", node, "err", err)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -81,6 +82,50 @@ func TestQEMUEnd(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What the limit on QEMU's output holds back is not lost when QEMU ends: its last lines are logged all the same.
+func TestQEMUEndAfterFlood(t *testing.T) {
+	a := newTestAgent(t)
+	log := a.logTo(t)
+	a.params.qemuLimit.Burst, a.params.qemuLimit.Rate = 1024, 1
+	a.step.Store("supervise")
+	startScript(t, a, `i=0; while [ $i -lt 100 ]; do echo "line $i of a flood"; i=$((i+1)); done; echo why; exit 1`)()
+	<-a.qemu.Done()
+	if err := a.qemuEnd(); err == nil || err.Error() != "QEMU ended: exit status 1: its last line: why" {
+		t.Errorf("%v", err)
+	}
+	for _, want := range []string{"line 81 of a flood", "line 99 of a flood", "why"} {
+		if !strings.Contains(log.String(), `msg="QEMU's last lines" line=`) || !strings.Contains(log.String(), want) {
+			t.Errorf("log lacks %q:\n%s", want, log)
+		}
+	}
+	if strings.Contains(log.String(), "line 80 of") {
+		t.Errorf("more than the last lines:\n%s", log)
+	}
+}
+
+// A QEMU that is not ready in time is looked at while libxl still lets the stubdomain live; one that is, is not.
+func TestReportOverdue(t *testing.T) {
+	a := newTestAgent(t)
+	log := a.logTo(t)
+	begin := startScript(t, a, "exit 0")
+	a.reportAfter(time.Hour, "never")()
+	stop := a.reportAfter(time.Millisecond, "QEMU does not answer")
+	defer stop()
+	wants := []string{`QEMU does not answer yet; libxl gives up`, `late QEMU" proc="process ` + strconv.Itoa(a.qemu.PID()) + ": State=", `\"sh\": state `}
+	for end := time.Now().Add(waitLimit); !strings.Contains(log.String(), wants[2]) && time.Now().Before(end); {
+		time.Sleep(time.Millisecond)
+	}
+	for _, want := range wants {
+		if !strings.Contains(log.String(), want) {
+			t.Errorf("log lacks %s:\n%s", want, log)
+		}
+	}
+	if strings.Contains(log.String(), "never") {
+		t.Errorf("a wait that is over is reported:\n%s", log)
+	}
+	begin()
 }
 
 // A broken connection is QEMU's end if that comes soon after it, else what it says.
@@ -202,12 +247,17 @@ func TestPublish(t *testing.T) {
 	a := newTestAgent(t)
 	log := a.logTo(t)
 	s := storeOf(t, libxlNodes())
+	a.publishPhase(t.Context(), "mounts") // there is no xenstore yet
 	a.xs = s.Dial(testSelf)
-	a.publishPhase(t.Context(), "mounts") // nothing is known yet: no node
+	const dir = "/local/domain/6/device-model/5/stubinit"
+	// Before the configuration was read the guest is known from xenstore.
+	a.publishPhase(t.Context(), "modules")
+	if got, _ := s.Get(dir + "/phase"); got != "modules" {
+		t.Errorf("phase is %q, want modules", got)
+	}
 	a.cfg = libxlConfig()
 	a.publishPhase(t.Context(), "network")
 	a.publish(t.Context(), "error", "FATAL network: no bridge")
-	const dir = "/local/domain/6/device-model/5/stubinit"
 	for path, want := range map[string]string{dir + "/phase": "network", dir + "/error": "FATAL network: no bridge"} {
 		if got, _ := s.Get(path); got != want {
 			t.Errorf("%s is %q, want %q", path, got, want)

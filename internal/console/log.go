@@ -68,17 +68,28 @@ func (l *Log) add(line []byte) {
 	b := make([]byte, 0, len(line)+1)
 	b = append(append(b, line...), '\n')
 	l.mu.Lock()
-	for l.bytes+len(b) > queueLimit && len(l.queue) > 0 {
-		l.droppedLines++
-		l.droppedBytes += len(l.queue[0])
-		l.bytes -= len(l.queue[0])
-		l.queue = l.queue[1:]
-	}
+	l.shed(queueLimit - len(b))
 	l.queue = append(l.queue, b)
 	l.bytes += len(b)
 	l.empty = false
 	l.mu.Unlock()
 	l.Kick()
+}
+
+// Shed drops and counts the oldest lines until at most most bytes wait, so that what comes next is soon written.
+func (l *Log) Shed(most int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.shed(most)
+}
+
+func (l *Log) shed(most int) {
+	for l.bytes > most && len(l.queue) > 0 {
+		l.droppedLines++
+		l.droppedBytes += len(l.queue[0])
+		l.bytes -= len(l.queue[0])
+		l.queue = l.queue[1:]
+	}
 }
 
 // Kick makes the writer look at the terminal again: its Room may have changed.

@@ -149,6 +149,30 @@ func TestLogNeverBeyondRoom(t *testing.T) {
 	}
 }
 
+// What waits before the last words goes, and is counted.
+func TestLogShed(t *testing.T) {
+	term := &fakeTerminal{}
+	l := NewLog(term)
+	defer l.Close()
+	for i := range 100 {
+		l.Add(fmt.Appendf(nil, "line %02d %s", i, strings.Repeat("x", 91)))
+	}
+	l.Shed(500)
+	l.Add([]byte("last words"))
+	term.set(1<<20, nil)
+	l.Kick()
+	if err := l.Flush(limited(t)); err != nil {
+		t.Fatal(err)
+	}
+	got := term.text()
+	if n := strings.Count(got, "xxx\n"); n < 5 || n > 6 { // the writer may hold one already
+		t.Errorf("%d lines kept, want 5 or 6:\n%s", n, got)
+	}
+	if !strings.Contains(got, "bytes of log dropped\nline 95") || !strings.HasSuffix(got, "\nlast words\n") {
+		t.Errorf("log:\n%s", got)
+	}
+}
+
 func TestOutput(t *testing.T) {
 	term := &fakeTerminal{room: 1 << 20}
 	l := NewLog(term)

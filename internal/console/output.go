@@ -49,6 +49,13 @@ func (o *Output) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// Held tells whether the limit holds back what came last.
+func (o *Output) Held() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.droppedLines > 0
+}
+
 // Close writes an unfinished last line and the count of what was dropped.
 func (o *Output) Close() error {
 	o.mu.Lock()
