@@ -11,7 +11,6 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -104,8 +103,8 @@ type agent struct {
 	reaper *qemu.Reaper
 	qemu   *qemu.Process
 	tail   qemu.Tail
-	held   bool           // the limit held back QEMU's last lines; set when output is done
-	output sync.WaitGroup // the reader of QEMU's output
+	held   atomic.Bool   // the limit held back QEMU's last lines
+	output chan struct{} // closed when the reader of QEMU's output has ended
 	// monitor
 	monitor *qmp.Monitor
 	state   *stateSaver
@@ -457,12 +456,12 @@ func (a *agent) openOutput() (*os.File, error) {
 		return nil, err
 	}
 	log := console.NewOutput(a.console, "qemu", uptime, a.params.qemuLimit)
-	a.output.Add(1)
+	a.output = make(chan struct{})
 	go func() {
-		defer a.output.Done()
+		defer close(a.output)
 		defer r.Close()
-		_, _ = io.Copy(io.MultiWriter(log, &a.tail), r) // ends with QEMU
-		a.held = log.Held()
+		_, _ = io.Copy(io.MultiWriter(log, &a.tail), r) // ends with QEMU, and with what QEMU has started
+		a.held.Store(log.Held())
 		_ = log.Close()
 	}()
 	return w, nil

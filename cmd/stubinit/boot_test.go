@@ -272,7 +272,7 @@ func TestOutput(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.Close()
-	a.output.Wait()
+	<-a.output
 	wantOnConsole(t, master, `xen be core: \x1b[2Jerror`)
 	if lines := a.tail.Lines(); len(lines) != 2 || lines[1] != "last words" {
 		t.Errorf("tail %q", lines)

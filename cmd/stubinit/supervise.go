@@ -54,16 +54,25 @@ func (a *agent) orEnd(err error) error {
 	}
 }
 
+// lastOutputLimit is how long after QEMU's end its output may take to be read. A process that QEMU has left behind can hold it open for ever.
+const lastOutputLimit = 200 * time.Millisecond
+
 // qemuEnd says how QEMU ended, nil for an end that the guest asked for, which no end during the boot is. It is called after the end.
 func (a *agent) qemuEnd() error {
-	a.output.Wait() // its last words
+	last := time.NewTimer(lastOutputLimit)
+	defer last.Stop()
+	select {
+	case <-a.output: // its last words
+	case <-last.C: // some other process has the pipe
+		a.held.Store(true) // who knows
+	}
 	exit := a.qemu.Exit()
 	if exit.Success() && a.step.Load() == "supervise" {
 		a.log.Info("QEMU ended", "how", exit, "max_rss_kib", exit.MaxRSS)
 		return nil
 	}
 	a.log.Info("QEMU's memory", "max_rss_kib", exit.MaxRSS)
-	if a.held {
+	if a.held.Load() {
 		for _, line := range a.tail.Lines() {
 			a.log.Error("QEMU's last lines", "line", line)
 		}

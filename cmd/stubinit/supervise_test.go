@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"strconv"
 	"strings"
@@ -48,7 +49,7 @@ func startScript(t *testing.T, a *agent, script string) (begin func()) {
 		case <-time.After(waitLimit):
 			t.Errorf("%q does not end", script)
 		}
-		a.output.Wait()
+		<-a.output
 		reaper.Close()
 	})
 	return begin
@@ -81,6 +82,37 @@ func TestQEMUEnd(t *testing.T) {
 				t.Errorf("%v, want %s", err, tt.want)
 			}
 		})
+	}
+}
+
+// A process that QEMU has left behind, and that holds its output open, keeps nobody from noticing QEMU's end.
+func TestQEMUEndWithOrphan(t *testing.T) {
+	a := newTestAgent(t)
+	a.logTo(t)
+	a.step.Store("supervise")
+	var fds [2]int
+	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	hold, release := os.NewFile(uintptr(fds[0]), "hold"), os.NewFile(uintptr(fds[1]), "release")
+	defer hold.Close()
+	defer release.Close() // the orphan's end
+	startScript(t, a, fmt.Sprintf("read x </proc/%d/fd/%d & kill -9 $$", os.Getpid(), hold.Fd()))()
+	<-a.qemu.Done()
+	ended := make(chan error, 1)
+	go func() { ended <- a.qemuEnd() }()
+	select {
+	case err := <-ended:
+		if err == nil || !strings.HasPrefix(err.Error(), "QEMU ended: killed by SIGKILL") {
+			t.Errorf("%v", err)
+		}
+	case <-time.After(waitLimit):
+		t.Error("QEMU's end is not reported as long as another process has its output")
+	}
+	select {
+	case <-a.output:
+		t.Error("the test's orphan does not hold the output")
+	default:
 	}
 }
 

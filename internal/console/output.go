@@ -74,8 +74,9 @@ func (o *Output) line(text []byte) {
 	b = Escape(b, text)
 	cost := len(b) + 1
 	o.refill()
-	// While something is held back its count goes first, so that the order in the log is true.
-	if o.droppedLines > 0 && o.tokens >= float64(cost+summaryCost) {
+	// While something is held back its count goes first, so that the order in the log is true. It goes on with a second's worth at once: a flood
+	// would make a count of every other line.
+	if o.droppedLines > 0 && o.tokens >= float64(max(cost+summaryCost, min(o.limit.Rate, o.limit.Burst))) {
 		o.summarise()
 	}
 	if o.droppedLines > 0 || o.tokens < float64(cost) {
