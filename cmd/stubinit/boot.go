@@ -352,7 +352,7 @@ func (a *agent) incomingStep(ctx context.Context) error {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		a.receive(ctx, ring, w)
+		a.receive(ctx, ring, w, incomingSilence)
 	}()
 	a.received = func() {
 		cancel()

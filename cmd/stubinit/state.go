@@ -257,16 +257,16 @@ func (a *agent) settle(ctx context.Context) error {
 }
 
 // receive moves the state from console 2 to QEMU until ctx ends, or QEMU has closed its end: the state has no end that could
-// be seen here.
-func (a *agent) receive(ctx context.Context, ring *consring.Ring, qemu io.WriteCloser) {
+// be seen here. When nothing has come for silence, it says so.
+func (a *agent) receive(ctx context.Context, ring *consring.Ring, qemu io.WriteCloser, silence time.Duration) {
 	defer qemu.Close()                                      // before its time, it is an error that QEMU reports
 	defer context.AfterFunc(ctx, func() { qemu.Close() })() // ends a write
 	defer ring.Close()
 	start := time.Now()
 	var n int
 	var took, waited time.Duration // until the last byte
-	cut := time.AfterFunc(incomingSilence, func() {
-		a.log.Warn("no more of the state comes; if QEMU still waits for it, it was cut off when it was saved: was dom0's /var/lib/xen full?", "for", incomingSilence)
+	cut := time.AfterFunc(silence, func() {
+		a.log.Warn("no more of the state comes; if QEMU still waits for it, it was cut off when it was saved: was dom0's /var/lib/xen full?", "for", silence)
 	})
 	defer cut.Stop()
 	buf, have := make([]byte, incomingChunk), 0
@@ -280,7 +280,7 @@ func (a *agent) receive(ctx context.Context, ring *consring.Ring, qemu io.WriteC
 			if _, err = qemu.Write(buf[:have]); err == nil {
 				n, have = n+have, 0
 				took, waited = time.Since(start), ring.Waited
-				cut.Reset(incomingSilence)
+				cut.Reset(silence)
 			}
 		}
 		switch {

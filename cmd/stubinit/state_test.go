@@ -511,7 +511,7 @@ func TestReceive(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			done := make(chan struct{})
-			go func() { a.receive(ctx, consring.New(f, func() error { return nil }), w); close(done) }()
+			go func() { a.receive(ctx, consring.New(f, func() error { return nil }), w, time.Hour); close(done) }()
 			want := everyByte(10000)
 			for i := range want { // dom0
 				for f.Uint32(inProd)-f.Uint32(inCons) == consring.InSize {
@@ -534,4 +534,40 @@ func TestReceive(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A state that does not go on is said to be cut off, once, and waited for all the same.
+func TestReceiveCutOff(t *testing.T) {
+	const inProd = 3076
+	f, log := frame.Of(make([]byte, frame.Size)), new(logBuffer)
+	a := newAgent()
+	a.log = slog.New(slog.NewTextHandler(log, nil))
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), waitLimit)
+	defer cancel()
+	done := make(chan struct{})
+	go func() {
+		a.receive(ctx, consring.New(f, func() error { return nil }), w, 20*time.Millisecond)
+		close(done)
+	}()
+	for n := range 2 {
+		f.SetUint32(inProd, uint32(n+1))
+		if _, err := io.ReadFull(r, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		const want = "no more of the state comes"
+		for strings.Count(log.String(), want) != n+1 && ctx.Err() == nil {
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(50 * time.Millisecond)
+		if got := strings.Count(log.String(), want); got != n+1 {
+			t.Errorf("after %d bytes it was said %d times", n+1, got)
+		}
+	}
+	cancel()
+	<-done
 }
