@@ -467,7 +467,7 @@ echo "$old MiB, now $now"`, fmt.Sprint(s.g.StubID), fmt.Sprint(mib))
 		}
 		balloon(240) // leaves less than the state needs
 		out, err := s.save(s.g.Name, "/root/large.save")
-		if want := "memory that are free for it: raise stubdomain_memory in xl.cfg"; err == nil || !strings.Contains(out, want) {
+		if want := "raise stubdomain_memory in xl.cfg"; err == nil || !strings.Contains(out, want) {
 			s.t.Errorf("%v; xl does not say %q:\n%s", err, want, out)
 		}
 		soon, cancel := context.WithTimeout(ctx, time.Minute)
