@@ -8,8 +8,6 @@ import (
 )
 
 const (
-	// ringSize is the size of a console's output ring (xen/include/public/io/console.h, struct xencons_interface.out).
-	ringSize = 2048
 	// kernelReserve stays free in console 0's ring for the kernel's own
 	// messages: a printk that finds the ring full spins.
 	kernelReserve = 512

@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stubinit/stubinit/internal/xen/consring"
 )
 
 // pty gives a terminal's two ends.
@@ -55,9 +57,9 @@ func TestHVCRoom(t *testing.T) {
 	check("after 100 of them", 200)
 	h.SetConnected(true)
 	check("connected, ring unseen", unseenRoom)
-	free := ringSize
+	free := consring.OutSize
 	h.SetFree(func() int { return free })
-	check("ring empty", ringSize-kernelReserve)
+	check("ring empty", consring.OutSize-kernelReserve)
 	free = 100
 	if got := h.Room(); got > 0 {
 		t.Errorf("ring nearly full: room %d", got)

@@ -17,15 +17,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Read reads once, and waits in Go's poller until it can. The error is an errno, or
-// that of conn: a deadline, or that it was closed. At the end it gives 0 bytes and no error.
+// Read reads once, and waits in Go's poller until it can. The error is an errno, io.EOF,
+// or that of conn: a deadline, or that it was closed.
 func Read(conn syscall.RawConn, b []byte) (n int, err error) {
 	waitErr := conn.Read(func(fd uintptr) bool {
 		n, err = call(unix.SYS_READ, fd, b)
 		return err != unix.EAGAIN
 	})
-	if waitErr != nil {
+	switch {
+	case waitErr != nil:
 		return 0, waitErr
+	case n == 0 && err == nil && len(b) > 0:
+		return 0, io.EOF
 	}
 	return n, err
 }
@@ -101,13 +104,7 @@ func DialUnix(ctx context.Context, path string) (*Conn, error) {
 
 // Read is net.Conn's.
 func (c *Conn) Read(b []byte) (int, error) {
-	if len(b) == 0 {
-		return 0, nil
-	}
 	n, err := Read(c.raw, b)
-	if n == 0 && err == nil {
-		err = io.EOF
-	}
 	return n, c.opError("read", err)
 }
 

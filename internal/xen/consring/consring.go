@@ -7,7 +7,7 @@
 // package has docs/state.md's figures. And a write to a full ring spins in the kernel with interrupts off.
 //
 // As long as nobody opens the tty the driver touches neither ring nor event channel, beyond making them.
-// So both are ours, through [frame]. Linux brings no events of a channel that the driver has bound: the ring is looked at again
+// So both are ours, through [frame] and [privcmd.Port]. Linux brings no events of a channel that the driver has bound: the ring is looked at again
 // and again while it is empty or full, which is the one thing in stubinit that polls.
 package consring
 
@@ -22,6 +22,7 @@ import (
 
 	"github.com/stubinit/stubinit/internal/fdio"
 	"github.com/stubinit/stubinit/internal/xen/frame"
+	"github.com/stubinit/stubinit/internal/xen/privcmd"
 	"github.com/stubinit/stubinit/internal/xen/xenstore"
 )
 
@@ -115,7 +116,7 @@ func Open(ctx context.Context, xs *xenstore.Client, n int, toolstack uint16) (*R
 	if err != nil {
 		return nil, err
 	}
-	port, err := frame.OpenPort(number[1])
+	port, err := privcmd.OpenPort(number[1])
 	if err != nil {
 		f.Close()
 		return nil, err

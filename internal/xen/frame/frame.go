@@ -4,7 +4,8 @@
 // tty counts as drained while 2 KiB are still in the ring.
 //
 // A PV domain may map its own frames: IOCTL_PRIVCMD_MMAP with DOMID_SELF
-// (xen/include/public/xen.h) maps a machine frame number.
+// (xen/include/public/xen.h) maps a machine frame number. With XSA-482 kernels
+// the device must be unrestricted for that.
 // The frame number of console 0 is in xenstore (console/ring-ref, written by the
 // domain builder); that of console N is found through its grant reference
 // (device/console/N/ring-ref) in our own grant table.
@@ -16,13 +17,12 @@ import (
 	"sync"
 	"sync/atomic"
 	"unsafe"
+
+	"github.com/stubinit/stubinit/internal/xen/privcmd"
 )
 
 // Size is the size of a frame.
 const Size = 4096
-
-// Device is where frames are mapped through. With XSA-482 kernels it must be unrestricted.
-const Device = "/dev/xen/privcmd"
 
 // domidSelf is DOMID_SELF of xen.h.
 const domidSelf = 0x7ff0
@@ -57,7 +57,7 @@ func (ordinary) unmap([]byte) error { return nil }
 func mapWith(m mapper, mfn uint64, write bool) (*Frame, error) {
 	mem, err := m.mapFrame(mfn, write)
 	if err != nil {
-		return nil, fmt.Errorf("map own frame %#x through %s: %w", mfn, Device, err)
+		return nil, fmt.Errorf("map own frame %#x through %s: %w", mfn, privcmd.Device, err)
 	}
 	return &Frame{m: m, mem: mem}, nil
 }

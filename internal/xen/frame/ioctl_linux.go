@@ -4,29 +4,22 @@ import (
 	"fmt"
 	"os"
 	"runtime"
-	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stubinit/stubinit/internal/xen/privcmd"
 )
 
 // include/uapi/xen/privcmd.h
 const (
-	ioctlHypercall = 0x305000 // struct privcmd_hypercall
-	ioctlMmap      = 0x105002 // struct privcmd_mmap
+	ioctlMmap = 0x105002 // struct privcmd_mmap
 )
 
 const (
-	hypercallGrantTableOp   = 20 // __HYPERVISOR_grant_table_op
-	grantSetupTable         = 2  // GNTTABOP_setup_table
-	hypercallEventChannelOp = 32 // __HYPERVISOR_event_channel_op
-	eventSend               = 4  // EVTCHNOP_send, struct evtchn_send: u32 port
+	hypercallGrantTableOp = 20 // __HYPERVISOR_grant_table_op
+	grantSetupTable       = 2  // GNTTABOP_setup_table
 )
-
-type privcmdHypercall struct {
-	op  uint64
-	arg [5]uint64
-}
 
 type privcmdMmap struct {
 	num   int32
@@ -53,7 +46,7 @@ type setupTable struct {
 type kernel struct{}
 
 func (kernel) mapFrame(mfn uint64, write bool) ([]byte, error) {
-	f, err := os.OpenFile(Device, os.O_RDWR, 0)
+	f, err := os.OpenFile(privcmd.Device, os.O_RDWR, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -91,15 +84,11 @@ func (kernel) mapFrame(mfn uint64, write bool) ([]byte, error) {
 func (kernel) unmap(mem []byte) error { return unix.Munmap(mem) }
 
 func (kernel) grantTable(n uint32) ([]uint64, error) {
-	f, err := os.OpenFile(Device, os.O_RDWR, 0)
+	f, err := privcmd.Open()
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	c, err := f.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
 	// Xen reads and writes these through our page tables: pages of the heap are
 	// present once written, and there is no swap.
 	frames := make([]uint64, n)
@@ -107,62 +96,11 @@ func (kernel) grantTable(n uint32) ([]uint64, error) {
 		frames[i] = ^uint64(0)
 	}
 	table := &setupTable{dom: domidSelf, nrFrames: n, status: -1, frames: uint64(uintptr(unsafe.Pointer(&frames[0])))}
-	call := &privcmdHypercall{op: hypercallGrantTableOp, arg: [5]uint64{grantSetupTable, uint64(uintptr(unsafe.Pointer(table))), 1}}
-	var errno unix.Errno
-	err = c.Control(func(fd uintptr) {
-		_, _, errno = unix.Syscall(unix.SYS_IOCTL, fd, ioctlHypercall, uintptr(unsafe.Pointer(call)))
-	})
+	_, err = f.Hypercall(hypercallGrantTableOp, grantSetupTable, uint64(uintptr(unsafe.Pointer(table))), 1)
 	runtime.KeepAlive(table)
 	runtime.KeepAlive(frames)
-	if err == nil && errno != 0 {
-		err = errno
-	}
 	if err == nil && table.status != 0 {
 		err = fmt.Errorf("GNTTABOP_setup_table: status %d", table.status)
 	}
 	return frames, err
 }
-
-// A Port is one end of an event channel that the kernel has bound, such as a console's. /dev/xen/evtchn sends only on its own.
-type Port struct {
-	f    *os.File
-	conn syscall.RawConn
-	port *uint32
-	call *privcmdHypercall
-}
-
-// OpenPort gives a local port to send events on.
-func OpenPort(port uint32) (*Port, error) {
-	f, err := os.OpenFile(Device, os.O_RDWR, 0)
-	if err != nil {
-		return nil, err
-	}
-	conn, err := f.SyscallConn()
-	if err != nil {
-		f.Close()
-		return nil, err
-	}
-	p := &Port{f: f, conn: conn, port: &port}
-	p.call = &privcmdHypercall{op: hypercallEventChannelOp, arg: [5]uint64{eventSend, uint64(uintptr(unsafe.Pointer(p.port)))}}
-	return p, nil
-}
-
-// Send sends an event to the other end.
-func (p *Port) Send() error {
-	var errno unix.Errno
-	err := p.conn.Control(func(fd uintptr) {
-		// Raw: it never blocks (package fdio).
-		_, _, errno = unix.RawSyscall(unix.SYS_IOCTL, fd, ioctlHypercall, uintptr(unsafe.Pointer(p.call)))
-	})
-	runtime.KeepAlive(p)
-	if err == nil && errno != 0 {
-		err = errno
-	}
-	if err != nil {
-		return fmt.Errorf("send an event on port %d: %w", *p.port, err)
-	}
-	return nil
-}
-
-// Close ends the use of the port; the kernel keeps it.
-func (p *Port) Close() error { return p.f.Close() }

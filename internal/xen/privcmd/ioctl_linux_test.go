@@ -33,3 +33,21 @@ func TestDMOpLayout(t *testing.T) {
 		t.Errorf("ioctls %#x, %#x", ioctlDMOp, ioctlHypercall)
 	}
 }
+
+// struct privcmd_hypercall with EVTCHNOP_send and the address of a struct evtchn_send.
+func TestPort(t *testing.T) {
+	port := uint32(3)
+	arg := sendArg(&port)
+	if len(arg) != 0x30 || ioctlHypercall>>16 != 0x30 {
+		t.Errorf("%#x bytes, the ioctl takes %#x", len(arg), ioctlHypercall>>16)
+	}
+	if diff := cmp.Diff([]byte{32, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0}, arg[:16]); diff != "" {
+		t.Error(diff)
+	}
+	if got := **(**uint32)(unsafe.Pointer(&arg[16])); got != port {
+		t.Errorf("port %d, want %d", got, port)
+	}
+	if _, err := OpenPort(3); err == nil {
+		t.Error("OpenPort without Xen: no error")
+	}
+}

@@ -140,13 +140,7 @@ type xenbus struct {
 	raw syscall.RawConn
 }
 
-func (x *xenbus) Read(b []byte) (int, error) {
-	n, err := fdio.Read(x.raw, b)
-	if n == 0 && err == nil {
-		err = io.EOF
-	}
-	return n, err
-}
+func (x *xenbus) Read(b []byte) (int, error) { return fdio.Read(x.raw, b) }
 
 // NewClient speaks xenstore's protocol over conn, which it owns from now on.
 // Close must end a Read that waits. Each request is one Write, which comes after
