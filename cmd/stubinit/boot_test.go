@@ -51,6 +51,16 @@ func newTestAgent(t *testing.T) *agent {
 	return a
 }
 
+// await waits until the log has a text, and fails if it does not come.
+func (l *logBuffer) await(t *testing.T, text string) {
+	t.Helper()
+	for end := time.Now().Add(waitLimit); !strings.Contains(l.String(), text); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("log lacks %s:\n%s", text, l)
+		}
+	}
+}
+
 // logTo makes the agent log into a buffer, at debug level.
 func (a *agent) logTo(t *testing.T) *logBuffer {
 	l := new(logBuffer)

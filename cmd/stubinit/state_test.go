@@ -228,6 +228,8 @@ type fakeConsole struct {
 // Places in struct xencons_interface (xen/include/public/io/console.h).
 const (
 	outRing = 1024
+	inCons  = 3072
+	inProd  = 3076
 	outCons = 3080
 	outProd = 3084
 )
@@ -481,9 +483,29 @@ func TestSaveWithoutQEMU(t *testing.T) {
 	}
 }
 
+// receiving is an agent that receives a state until ctx ends: dom0's side, QEMU's, the agent's log; done is closed at its end.
+func receiving(t *testing.T, ctx context.Context, silence time.Duration) (dom0 *frame.Frame, qemu *os.File, log *logBuffer, done chan struct{}) {
+	t.Helper()
+	dom0, log, done = frame.Of(make([]byte, frame.Size)), new(logBuffer), make(chan struct{})
+	a := newAgent()
+	a.log = slog.New(slog.NewTextHandler(log, nil))
+	qemu, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { qemu.Close() })
+	if err := setPipeSize(w, 64<<10); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer close(done)
+		a.receive(ctx, consring.New(dom0, func() error { return nil }), w, silence)
+	}()
+	return dom0, qemu, log, done
+}
+
 // The state to restore from reaches QEMU as dom0 sent it, as far as it has come when QEMU has all; then dom0 is left alone.
 func TestReceive(t *testing.T) {
-	const inCons, inProd = 3072, 3076
 	for _, tt := range []struct {
 		name  string
 		spoil func(*frame.Frame, *os.File, context.CancelFunc)
@@ -497,21 +519,9 @@ func TestReceive(t *testing.T) {
 		{"broken ring", func(f *frame.Frame, _ *os.File, _ context.CancelFunc) { f.SetUint32(inProd, f.Uint32(inProd)+2000) }, `level=ERROR msg="the state breaks off" bytes=10000 err="the console's ring is broken`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			f, log := frame.Of(make([]byte, frame.Size)), new(logBuffer)
-			a := newAgent()
-			a.log = slog.New(slog.NewTextHandler(log, nil))
-			r, w, err := os.Pipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer r.Close()
-			if err := setPipeSize(w, 64<<10); err != nil {
-				t.Fatal(err)
-			}
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
-			done := make(chan struct{})
-			go func() { a.receive(ctx, consring.New(f, func() error { return nil }), w, time.Hour); close(done) }()
+			f, r, log, done := receiving(t, ctx, time.Hour)
 			want := everyByte(10000)
 			for i := range want { // dom0
 				for f.Uint32(inProd)-f.Uint32(inCons) == consring.InSize {
@@ -538,22 +548,9 @@ func TestReceive(t *testing.T) {
 
 // A state that does not go on is said to be cut off, once, and waited for all the same.
 func TestReceiveCutOff(t *testing.T) {
-	const inProd = 3076
-	f, log := frame.Of(make([]byte, frame.Size)), new(logBuffer)
-	a := newAgent()
-	a.log = slog.New(slog.NewTextHandler(log, nil))
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), waitLimit)
 	defer cancel()
-	done := make(chan struct{})
-	go func() {
-		a.receive(ctx, consring.New(f, func() error { return nil }), w, 20*time.Millisecond)
-		close(done)
-	}()
+	f, r, log, done := receiving(t, ctx, 20*time.Millisecond)
 	for n := range 2 {
 		f.SetUint32(inProd, uint32(n+1))
 		if _, err := io.ReadFull(r, make([]byte, 1)); err != nil {

@@ -146,9 +146,7 @@ func TestReportOverdue(t *testing.T) {
 	stop := a.reportAfter(time.Millisecond, "QEMU does not answer")
 	defer stop()
 	wants := []string{`QEMU does not answer yet; libxl gives up`, `late QEMU" proc="process ` + strconv.Itoa(a.qemu.PID()) + ": State=", `\"sh\": state `}
-	for end := time.Now().Add(waitLimit); !strings.Contains(log.String(), wants[2]) && time.Now().Before(end); {
-		time.Sleep(time.Millisecond)
-	}
+	log.await(t, wants[2])
 	for _, want := range wants {
 		if !strings.Contains(log.String(), want) {
 			t.Errorf("log lacks %s:\n%s", want, log)
@@ -237,13 +235,7 @@ func TestSuperviseService(t *testing.T) {
 	a.failed <- errors.New("removable disks: uevents: broken")
 	ended := make(chan error, 1)
 	go func() { ended <- a.supervise(t.Context()) }()
-	const want = `msg="a service has ended; the guest goes on without it" err="removable disks: uevents: broken"`
-	for end := time.Now().Add(waitLimit); !strings.Contains(log.String(), want) && time.Now().Before(end); {
-		time.Sleep(time.Millisecond)
-	}
-	if !strings.Contains(log.String(), want) {
-		t.Errorf("log lacks %s:\n%s", want, log)
-	}
+	log.await(t, `msg="a service has ended; the guest goes on without it" err="removable disks: uevents: broken"`)
 	select {
 	case err := <-ended:
 		t.Fatalf("the agent ended with a service: %v", err)
