@@ -71,7 +71,7 @@ test-plain: deps
 	$(GO) test ./...
 
 test-integration: deps guest
-	@[ "$$(id -u)" = 0 ] || { echo "make test-integration: needs root (network namespaces, SCHED_FIFO)" >&2; exit 1; }
+	@[ "$$(id -u)" = 0 ] || { echo "make test-integration: needs root (network namespaces)" >&2; exit 1; }
 	$(GO) test -tags integration -count 1 ./...
 
 # The first suite's tests are seen as they run; the others run beside it and are shown after it.

@@ -457,7 +457,6 @@ func (b *bench) over() bool {
 	}
 }
 
-// The toolstack is read even if QEMU never reads.
 // Large answers that wait for the toolstack each keep the buffer they were read into.
 func TestLargeAnswersWait(t *testing.T) {
 	const answers, size = 8, 200 << 10
@@ -485,6 +484,7 @@ func TestLargeAnswersWait(t *testing.T) {
 	})
 }
 
+// The toolstack is read even if QEMU never reads.
 func TestStalledQEMU(t *testing.T) {
 	in(t, Options{}, func(t *testing.T, b *bench) {
 		toolstack, _ := b.session()

@@ -491,7 +491,7 @@ func (s *scanner) skipStrings(b []byte, i int) int {
 		nextObject = uint64('"') | '}'<<8 | ','<<16 | ' '<<24 | '{'<<32 | '"'<<40
 	)
 	object, objects := s.inObject(), s.inArrayOfObjects()
-	for i >= 0 && i <= len(b)-8 {
+	for i <= len(b)-8 {
 		w := binary.LittleEndian.Uint64(b[i:])
 		x := w ^ ones*'"'
 		end := (x - ones) &^ x & tops
