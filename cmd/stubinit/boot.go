@@ -529,7 +529,7 @@ func (a *agent) bridgeStep(ctx context.Context) error {
 	pci := &qmpbridge.PCI{Xenstore: a.xs}
 	a.service(ctx, "QMP endpoint", func(ctx context.Context) error {
 		return qmpbridge.Serve(ctx, a.endpoint, qmpbridge.Options{
-			Dial:     a.dialMonitor,
+			Dial:     func(ctx context.Context) (net.Conn, error) { return a.dialMonitor(ctx, bridgeSocket) },
 			PCIReady: pci.Ready,
 			Save:     a.state,
 			Log:      a.log,

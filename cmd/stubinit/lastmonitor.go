@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/stubinit/stubinit/internal/fdio"
 	"github.com/stubinit/stubinit/internal/qmp"
 	"github.com/stubinit/stubinit/internal/xen/privcmd"
@@ -77,12 +79,26 @@ func (m *lastMonitor) serve(conn io.ReadWriter) error {
 	}
 }
 
-// dialMonitor connects a session of the toolstack to QEMU, or to who answers for it.
-func (a *agent) dialMonitor(ctx context.Context) (net.Conn, error) {
+// dialMonitor connects a session of the toolstack to QEMU, which listens on path, or to who answers for it. libxl's cont can
+// come before we know ourselves that QEMU has died.
+func (a *agent) dialMonitor(ctx context.Context, path string) (net.Conn, error) {
 	if m := a.last.Load(); m != nil {
 		return m.dial(), nil
 	}
-	return fdio.DialUnix(ctx, bridgeSocket)
+	conn, err := fdio.DialUnix(ctx, path)
+	switch {
+	case err == nil:
+		return conn, nil
+	case errors.Is(err, unix.ECONNREFUSED) && a.stopped.Load(): // nobody has the socket any more
+		return a.answerForQEMU().dial(), nil
+	}
+	return nil, err
+}
+
+// answerForQEMU gives the one lastMonitor there is.
+func (a *agent) answerForQEMU() *lastMonitor {
+	a.last.CompareAndSwap(nil, newLastMonitor(a.monitor.Version()))
+	return a.last.Load()
 }
 
 // shutDownSuspended ends a guest that was suspended when QEMU died: when libxl has resumed it.

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/stubinit/stubinit/internal/qmp"
 )
 
@@ -19,7 +21,7 @@ func TestLastMonitor(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), waitLimit)
 	defer cancel()
 	for _, command := range []string{"xen-set-global-dirty-log", "cont", "cont"} { // each in a session of its own
-		conn, err := a.dialMonitor(ctx)
+		conn, err := a.dialMonitor(ctx, "/nonexistent")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -50,5 +52,42 @@ func TestLastMonitor(t *testing.T) {
 	case <-last.cont:
 	case <-ctx.Done():
 		t.Error("cont was not noticed")
+	}
+}
+
+// A session that comes between QEMU's death and our notice of it is answered for QEMU only while the guest is suspended, and by
+// the same lastMonitor that the agent then waits for.
+func TestDialDeadQEMU(t *testing.T) {
+	path := t.TempDir() + "/qmp"
+	f, err := listenUnix(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := newAgent()
+	a.monitor = qmp.New(nil)
+	a.stopped.Store(true)
+	conn, err := a.dialMonitor(t.Context(), path)
+	if err != nil || a.last.Load() != nil {
+		t.Fatalf("QEMU lives: %v, answered for it: %v", err, a.last.Load() != nil)
+	}
+	conn.Close()
+	f.Close() // QEMU's copy
+	a.stopped.Store(false)
+	if conn, err := a.dialMonitor(t.Context(), path); conn != nil || !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("the guest runs: %v, %v", conn, err)
+	}
+	a.stopped.Store(true)
+	conn, err = a.dialMonitor(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if last := a.last.Load(); last == nil || a.answerForQEMU() != last {
+		t.Error("the agent would wait for another")
+	}
+	if conn, err := a.dialMonitor(t.Context(), path+"-other"); err != nil {
+		t.Errorf("the next session: %v", err)
+	} else {
+		conn.Close()
 	}
 }

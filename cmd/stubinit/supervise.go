@@ -182,8 +182,7 @@ const (
 func (a *agent) fatal(err error) {
 	var last *lastMonitor
 	if a.stopped.Load() && a.qemu != nil {
-		last = newLastMonitor(a.monitor.Version())
-		a.last.Store(last)
+		last = a.answerForQEMU()
 	}
 	a.console.Shed(partingBytes)
 	a.log.Error(err.Error())

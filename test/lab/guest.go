@@ -173,12 +173,17 @@ func (g *Guest) bring(ctx context.Context, command string, args ...string) error
 		return err
 	}
 	var times []time.Duration
+	answers := map[string]bool{} // libxl says it of each connection; the first counts
 	p, err := g.lab.Begin(Command{
 		Script: createScript,
 		Args:   append([]string{command}, args...), Stderr: log,
 		Stdout: &lines{f: func(line string) {
 			at, domain, found := strings.Cut(line, " ")
+			if found && answers[domain] {
+				return
+			}
 			if found {
+				answers[domain] = true
 				g.stage(Stage{"QEMU of domain " + domain + " answers libxl", uptime(at)})
 				return
 			}
