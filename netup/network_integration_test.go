@@ -156,9 +156,12 @@ func setup(t *testing.T, count, mtu int, change func(*Options)) *lab {
 		if after := descriptors(t); after > before {
 			t.Errorf("%d descriptors before, %d after", before, after)
 		}
-		// Run's goroutine may still be on its way out after it has sent its result.
-		if after := runtime.NumGoroutine(); after > goroutines+1 {
-			t.Errorf("%d goroutines before, %d after", goroutines, after)
+		// They may still be on their way out after they have given their last result.
+		for end := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > goroutines; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Errorf("%d goroutines before, %d after", goroutines, runtime.NumGoroutine())
+				break
+			}
 		}
 	})
 	return l

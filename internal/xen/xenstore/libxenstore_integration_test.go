@@ -25,6 +25,7 @@ type libxenstore struct {
 	server *xenstoretest.Server
 	in     io.Writer
 	out    *bufio.Scanner
+	came   chan struct{} // has one element when a request has come that nobody took note of yet
 }
 
 // startLibxenstore connects the program with a server, as domain 5.
@@ -60,7 +61,7 @@ func startLibxenstore(t *testing.T) *libxenstore {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := &libxenstore{t: t, server: xenstoretest.New(t), in: in, out: bufio.NewScanner(out)}
+	l := &libxenstore{t: t, server: xenstoretest.New(t), in: in, out: bufio.NewScanner(out), came: make(chan struct{}, 1)}
 	conn := l.server.DialConn(5)
 	requests := make(chan struct{})
 	go func() {
@@ -69,6 +70,10 @@ func startLibxenstore(t *testing.T) *libxenstore {
 			m, err := wire.Receive(c)
 			if err != nil {
 				return // the program has ended
+			}
+			select {
+			case l.came <- struct{}{}:
+			default:
 			}
 			if _, err := conn.Write(m.Append(nil)); err != nil {
 				t.Errorf("the server refuses %v: %v", m, err)
@@ -224,6 +229,7 @@ func TestLibxenstoreBadStream(t *testing.T) {
 		l := startLibxenstore(t)
 		l.server.SetFaults(xenstoretest.Faults{Late: true})
 		l.send("read a")
+		<-l.came // else the socket is closed with the request in it, which is another error
 		l.server.Hangup(5)
 		l.expect("EPIPE")
 	})
