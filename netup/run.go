@@ -99,6 +99,9 @@ func readLinks(events *nl.NetlinkSocket, links chan<- link, lost chan<- struct{}
 		msgs, _, err := events.Receive()
 		switch {
 		case errors.Is(err, unix.ENOBUFS):
+			if err := drain(events); err != nil {
+				return err
+			}
 			select {
 			case lost <- struct{}{}:
 			case <-stop:
@@ -123,6 +126,30 @@ func readLinks(events *nl.NetlinkSocket, links chan<- link, lost chan<- struct{}
 		}
 	}
 }
+
+// drain drops what the socket still has. From a first dropped event on the kernel drops all, without a further word, until
+// the socket is empty (NETLINK_S_CONGESTED, net/netlink/af_netlink.c): only then can a list be complete.
+func drain(events *nl.NetlinkSocket) error {
+	pause := unix.NsecToTimeval(drainPause.Nanoseconds())
+	if err := events.SetReceiveTimeout(&pause); err != nil {
+		return err
+	}
+	for end := time.Now().Add(drainLimit); time.Now().Before(end); {
+		_, _, err := events.Receive()
+		if errors.Is(err, unix.EAGAIN) {
+			break
+		}
+		if err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+	return events.SetReceiveTimeout(&unix.Timeval{})
+}
+
+const (
+	drainPause = 10 * time.Millisecond // without an event: the socket is empty
+	drainLimit = time.Second           // of events that never pause
+)
 
 // see takes in what is new about a link: a vif that has come, one of ours that has changed, or none of our business.
 func (n *Network) see(l link, start time.Time) {
