@@ -87,11 +87,34 @@ type Saver interface {
 	Abort(ctx context.Context, cause error) error
 }
 
+// A Stream is a connection whose calls never wait. The vchan's are, and those of package fdio.
+type Stream interface {
+	// TryRead reads what there is: 0 bytes and no error if that is nothing yet,
+	// io.EOF at the end.
+	TryRead(b []byte) (int, error)
+	// TryWrite writes what there is room for, perhaps nothing.
+	TryWrite(b []byte) (int, error)
+	// Notify has f called whenever a TryRead or TryWrite that came short would do
+	// more. f may be called by any goroutine, and without need.
+	Notify(f func()) error
+	Close() error
+}
+
+// A Monitor is a Stream that can be told what is likely to come soon, so that it waits in the quickest way.
+type Monitor interface {
+	Stream
+	// Expect says that QEMU has been asked: the next TryRead may wait for some
+	// milliseconds for the answer.
+	Expect()
+	// Linger says that the toolstack has been answered, and may ask again at once.
+	Linger()
+}
+
 // Options say what a bridge works with. Dial is required.
 type Options struct {
 	// Dial connects to QEMU's monitor. It must not wait for QEMU: a connection to
 	// a listening unix socket is there at once, and the greeting comes when QEMU is up.
-	Dial func(ctx context.Context) (net.Conn, error)
+	Dial func(ctx context.Context) (Monitor, error)
 	// PCIReady waits until the stubdomain has the PCI device with this address
 	// (the hostaddr of device_add). After 9 s, or when it fails, the request goes
 	// to QEMU anyway, whose error tells the toolstack. Nil: never wait.
@@ -104,7 +127,7 @@ type Options struct {
 }
 
 // Serve serves one session after the other until ctx ends, and then returns
-// ctx's error, or until ln fails. It closes ln.
+// ctx's error, or until ln fails. It closes ln, whose connections are Streams.
 func Serve(ctx context.Context, ln net.Listener, o Options) error {
 	if o.Dial == nil {
 		return errors.New("qmp bridge: no Dial in Options")
@@ -127,6 +150,11 @@ func Serve(ctx context.Context, ln net.Listener, o Options) error {
 		if err != nil {
 			return fmt.Errorf("qmp bridge: accept a toolstack session on %v: %w", ln.Addr(), err)
 		}
-		serveSession(ctx, conn, &o, saves, o.Log.With("session", n))
+		stream, ok := conn.(Stream)
+		if !ok {
+			conn.Close()
+			return fmt.Errorf("qmp bridge: a connection of %v is a %T, which can only be waited for", ln.Addr(), conn)
+		}
+		serveSession(ctx, stream, &o, saves, o.Log.With("session", n))
 	}
 }

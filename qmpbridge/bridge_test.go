@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -19,6 +18,9 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/stubinit/stubinit/internal/fdio"
 )
 
 const greeting = `{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}, "package": ""}, "capabilities": ["oob"]}}`
@@ -51,6 +53,172 @@ func (l *pipeListener) Accept() (net.Conn, error) {
 func (l *pipeListener) Close() error   { l.once.Do(func() { close(l.closed) }); return nil }
 func (l *pipeListener) Addr() net.Addr { return &net.UnixAddr{Name: "fake", Net: "unix"} }
 
+// A wire connects the bridge with a peer, without a buffer: what the bridge writes counts as written when
+// the peer has read it, and the bridge has seen that, and whatever else the peer does, when the peer's call returns.
+type wire struct {
+	mu       sync.Mutex
+	cond     *sync.Cond
+	notify   func()
+	in, out  []byte // on their way to the bridge, to the peer
+	taken    int    // of out, and the bridge does not know yet
+	hung, up bool   // closed by the peer, by the bridge
+	expired  map[*bool]*time.Timer
+	rd, wr   bool // deadlines of the peer that have passed
+}
+
+// newWire gives the bridge's end, a Stream, and the peer's.
+func newWire() (ours wireEnd, theirs net.Conn) {
+	w := &wire{expired: make(map[*bool]*time.Timer)}
+	w.cond = sync.NewCond(&w.mu)
+	return wireEnd{w: w}, wirePeer{w: w}
+}
+
+func (w *wire) tell() {
+	w.mu.Lock()
+	notify := w.notify
+	w.cond.Broadcast()
+	w.mu.Unlock()
+	if notify != nil {
+		notify()
+	}
+}
+
+type wireEnd struct {
+	net.Conn // nil: only so that a net.Listener can give it
+	w        *wire
+}
+
+func (e wireEnd) Notify(f func()) error {
+	e.w.mu.Lock()
+	defer e.w.mu.Unlock()
+	e.w.notify = f
+	return nil
+}
+
+func (e wireEnd) TryRead(b []byte) (int, error) {
+	e.w.mu.Lock()
+	defer e.w.mu.Unlock()
+	n := copy(b, e.w.in)
+	e.w.in = e.w.in[n:]
+	e.w.cond.Broadcast()
+	if n == 0 && e.w.hung {
+		return 0, io.EOF
+	}
+	return n, nil
+}
+
+func (e wireEnd) TryWrite(b []byte) (int, error) {
+	e.w.mu.Lock()
+	defer e.w.mu.Unlock()
+	n := e.w.taken
+	e.w.taken = 0
+	switch {
+	case n == 0 && e.w.hung:
+		return 0, io.ErrClosedPipe
+	case n == 0 && len(e.w.out) == 0:
+		e.w.out = b
+		e.w.cond.Broadcast()
+	}
+	return n, nil
+}
+
+func (e wireEnd) Expect() {}
+func (e wireEnd) Linger() {}
+
+func (e wireEnd) Close() error {
+	e.w.mu.Lock()
+	defer e.w.mu.Unlock()
+	e.w.up = true
+	e.w.cond.Broadcast()
+	return nil
+}
+
+type wirePeer struct {
+	net.Conn // nil
+	w        *wire
+}
+
+func (p wirePeer) Read(b []byte) (int, error) {
+	p.w.mu.Lock()
+	for {
+		switch {
+		case p.w.hung:
+			p.w.mu.Unlock()
+			return 0, io.ErrClosedPipe
+		case p.w.up:
+			p.w.mu.Unlock()
+			return 0, io.EOF
+		case p.w.rd:
+			p.w.mu.Unlock()
+			return 0, os.ErrDeadlineExceeded
+		case len(p.w.out) > 0:
+			n := copy(b, p.w.out)
+			p.w.out = p.w.out[n:]
+			p.w.taken += n
+			p.w.mu.Unlock()
+			p.w.tell()
+			return n, nil
+		}
+		p.w.cond.Wait()
+	}
+}
+
+func (p wirePeer) Write(b []byte) (int, error) {
+	p.w.mu.Lock()
+	p.w.in = b
+	p.w.mu.Unlock()
+	p.w.tell()
+	p.w.mu.Lock()
+	defer p.w.mu.Unlock()
+	for {
+		switch {
+		case p.w.hung || p.w.up && len(p.w.in) > 0:
+			return len(b) - len(p.w.in), io.ErrClosedPipe
+		case len(p.w.in) == 0:
+			return len(b), nil
+		case p.w.wr:
+			return len(b) - len(p.w.in), os.ErrDeadlineExceeded
+		}
+		p.w.cond.Wait()
+	}
+}
+
+func (p wirePeer) Close() error {
+	p.w.mu.Lock()
+	p.w.hung = true
+	for _, timer := range p.w.expired {
+		timer.Stop()
+	}
+	p.w.mu.Unlock()
+	p.w.tell()
+	return nil
+}
+
+func (p wirePeer) SetDeadline(t time.Time) error {
+	p.set(&p.w.wr, t)
+	return p.SetReadDeadline(t)
+}
+
+func (p wirePeer) SetReadDeadline(t time.Time) error {
+	p.set(&p.w.rd, t)
+	return nil
+}
+
+func (p wirePeer) set(passed *bool, t time.Time) {
+	p.w.mu.Lock()
+	defer p.w.mu.Unlock()
+	if timer := p.w.expired[passed]; timer != nil {
+		timer.Stop()
+	}
+	*passed = false
+	p.w.expired[passed] = time.AfterFunc(time.Until(t), func() {
+		p.w.mu.Lock()
+		*passed = true
+		p.w.cond.Broadcast()
+		p.w.mu.Unlock()
+	})
+}
+
 func newBench(t testing.TB, o Options) *bench {
 	ctx, cancel := context.WithCancel(context.Background())
 	b := &bench{
@@ -63,8 +231,8 @@ func newBench(t testing.TB, o Options) *bench {
 		done:   make(chan error, 1),
 	}
 	if o.Dial == nil {
-		o.Dial = func(context.Context) (net.Conn, error) {
-			ours, qemus := net.Pipe()
+		o.Dial = func(context.Context) (Monitor, error) {
+			ours, qemus := newWire()
 			b.qemus <- qemus
 			return ours, nil
 		}
@@ -100,7 +268,7 @@ func newPeer(t testing.TB, c net.Conn) *peer {
 }
 
 func (b *bench) toolstack() *peer {
-	ours, theirs := net.Pipe()
+	ours, theirs := newWire()
 	b.ln.conns <- ours
 	return newPeer(b.t, theirs)
 }
@@ -324,7 +492,7 @@ func TestQEMUGone(t *testing.T) {
 }
 
 func TestNoQEMU(t *testing.T) {
-	in(t, Options{Dial: func(context.Context) (net.Conn, error) { return nil, errors.New("connection refused") }}, func(t *testing.T, b *bench) {
+	in(t, Options{Dial: func(context.Context) (Monitor, error) { return nil, errors.New("connection refused") }}, func(t *testing.T, b *bench) {
 		b.toolstack().expectClose()
 		b.toolstack().expectClose()
 		b.stop()
@@ -399,7 +567,7 @@ func TestServeErrors(t *testing.T) {
 	}
 	ln := &pipeListener{closed: make(chan struct{})}
 	ln.Close()
-	err := Serve(t.Context(), ln, Options{Dial: func(context.Context) (net.Conn, error) { return nil, nil }})
+	err := Serve(t.Context(), ln, Options{Dial: func(context.Context) (Monitor, error) { return nil, nil }})
 	if !errors.Is(err, net.ErrClosed) {
 		t.Errorf("listener closed: %v", err)
 	}
@@ -446,7 +614,7 @@ func TestStalledToolstack(t *testing.T) {
 
 // over says that the bridge's session has ended: it accepts the next.
 func (b *bench) over() bool {
-	ours, theirs := net.Pipe()
+	ours, theirs := newWire()
 	select {
 	case b.ln.conns <- ours:
 		theirs.Close()
@@ -575,32 +743,68 @@ func checkGoroutines(t testing.TB) {
 	})
 }
 
-// unixPair gives two connected sockets.
-func unixPair(t testing.TB) (a, b net.Conn) {
-	ln, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+// unixPair gives two connected sockets, the bridge's end watched by p.
+func unixPair(t testing.TB, p *fdio.Poller) (ours *streamConn, theirs net.Conn) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer ln.Close()
-	if a, err = net.Dial("unix", ln.Addr().String()); err != nil {
+	f := os.NewFile(uintptr(fds[1]), "pair")
+	defer f.Close()
+	if theirs, err = net.FileConn(f); err != nil {
 		t.Fatal(err)
 	}
-	if b, err = ln.Accept(); err != nil {
+	c, err := fdio.NewConn(p, fds[0], "pair")
+	if err != nil {
 		t.Fatal(err)
 	}
-	return a, b
+	return &streamConn{fd: c}, theirs
 }
+
+// newPoller gives a Poller that somebody waits in until the test's end.
+func newPoller(t testing.TB) *fdio.Poller {
+	p, err := fdio.NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for p.Wait() == nil {
+		}
+	}()
+	t.Cleanup(func() {
+		p.Interrupt()
+		<-done
+		p.Close()
+	})
+	return p
+}
+
+// A streamConn is a Stream that a net.Listener can give.
+type streamConn struct {
+	net.Conn // nil
+	fd       *fdio.Conn
+}
+
+func (c *streamConn) TryRead(b []byte) (int, error)  { return c.fd.TryRead(b) }
+func (c *streamConn) TryWrite(b []byte) (int, error) { return c.fd.TryWrite(b) }
+func (c *streamConn) Notify(f func()) error          { return c.fd.Notify(f) }
+func (c *streamConn) Expect()                        { c.fd.Expect() }
+func (c *streamConn) Linger()                        { c.fd.Linger() }
+func (c *streamConn) Close() error                   { return c.fd.Close() }
 
 func BenchmarkRoundTrip(b *testing.B) {
 	for _, size := range []int{2, 900 << 10} {
 		b.Run(fmt.Sprintf("answer=%d", size), func(b *testing.B) {
 			checkGoroutines(b)
-			ours, q := unixPair(b)
+			poller := newPoller(b)
+			ours, q := unixPair(b, poller)
 			bn := newBench(b, Options{
-				Dial: func(context.Context) (net.Conn, error) { return ours, nil },
+				Dial: func(context.Context) (Monitor, error) { return ours, nil },
 				Log:  slog.New(slog.DiscardHandler),
 			})
-			c, conn := unixPair(b)
+			conn, c := unixPair(b, poller)
 			bn.ln.conns <- conn
 			toolstack, qemu := newPeer(b, c), newPeer(b, q)
 			answer := []byte(`{"return": "` + strings.Repeat("x", size) + `", "id": 1}` + "\r\n")

@@ -83,11 +83,16 @@ func (m *message) raw(f member) []byte {
 // str gives a member that is a string, "" for anything else and for a string
 // longer than any command's name.
 func (m *message) str(f member) string {
-	var s string
-	if raw := m.raw(f); len(raw) > 0 && len(raw) <= 256 && raw[0] == '"' && json.Unmarshal(raw, &s) == nil {
-		return s
+	raw := m.raw(f)
+	if len(raw) == 0 || len(raw) > 256 || raw[0] != '"' {
+		return ""
 	}
-	return ""
+	if bytes.IndexByte(raw, '\\') < 0 {
+		return string(raw[1 : len(raw)-1])
+	}
+	var s string
+	_ = json.Unmarshal(raw, &s) // it is valid
+	return s
 }
 
 // A syntaxError is input that is not JSON, or too large. It is the sender's fault.
@@ -98,17 +103,22 @@ type syntaxError struct {
 
 func (e *syntaxError) Error() string { return e.desc }
 
+// errNothingYet is next's error when the stream has no more for now.
+var errNothingYet = errors.New("no complete value yet")
+
 // A splitter cuts a byte stream into JSON values, wherever lines end: QEMU's own
 // parser takes values that span lines and several on one line.
 type splitter struct {
-	r       io.Reader
-	limit   int  // bytes of one value
-	discard bool // what a value has beyond limit is checked and dropped, not refused
+	read    func([]byte) (int, error) // 0 bytes and no error: nothing yet
+	limit   int                       // bytes of one value
+	discard bool                      // what a value has beyond limit is checked and dropped, not refused
 
 	chunk  []byte // read buffer
 	unread []byte // part of chunk
 	broken bool
-	spare  chan []byte // holds a buffer for a value that does not come in one chunk
+	m      message // that has begun, when its size is not 0
+	scan   scanner
+	spare  []byte // a buffer for a value that does not come in one chunk
 }
 
 const (
@@ -116,8 +126,8 @@ const (
 	keptMax   = 2 << 20 // a larger buffer is not kept for the next value
 )
 
-func newSplitter(r io.Reader, limit int, discard bool) *splitter {
-	return &splitter{r: r, limit: limit, discard: discard, chunk: make([]byte, chunkSize), spare: make(chan []byte, 1)}
+func newSplitter(read func([]byte) (int, error), limit int, discard bool) *splitter {
+	return &splitter{read: read, limit: limit, discard: discard, chunk: make([]byte, chunkSize)}
 }
 
 // drop releases a message that nobody wants, or no longer.
@@ -127,90 +137,86 @@ func (s *splitter) drop(m *message) {
 	}
 }
 
-// release takes back the text of a message that was kept. Safe beside next.
+// release takes back the text of a message that was kept.
 func (s *splitter) release(text []byte) {
-	if cap(text) > keptMax {
-		return
-	}
-	select {
-	case s.spare <- text[:0]:
-	default:
+	if cap(text) <= keptMax {
+		s.spare = text[:0]
 	}
 }
 
-// next gives the next value. It fails with a *syntaxError, after which it only
-// reads and drops what still comes; with io.EOF between values; and with
-// io.ErrUnexpectedEOF inside of one.
+// next gives the next value. It fails with errNothingYet, and goes on with the
+// next call; with a *syntaxError, after which it only reads and drops what still
+// comes; with io.EOF between values; and with io.ErrUnexpectedEOF inside of one.
 func (s *splitter) next() (message, error) {
-	if s.broken {
-		if _, err := io.Copy(io.Discard, s.r); err != nil {
+	for s.broken {
+		if n, err := s.read(s.chunk); err != nil {
 			return message{}, err
+		} else if n == 0 {
+			return message{}, errNothingYet
 		}
-		return message{}, io.EOF
-	}
-	var (
-		m    message
-		p    = scanner{spans: &m.spans}
-		kept []byte // what came in earlier chunks
-	)
-	select {
-	case kept = <-s.spare:
-	default:
-	}
-	fail := func(desc string) (message, error) {
-		s.broken, s.unread = true, nil
-		m.text = kept
-		return message{}, &syntaxError{desc, m.raw(memberID)}
 	}
 	for {
-		if m.size == 0 {
+		if s.m.size == 0 {
 			s.unread = s.unread[leadingSpace(s.unread):]
 		}
 		if len(s.unread) == 0 {
-			n, err := s.r.Read(s.chunk)
+			n, err := s.read(s.chunk)
 			switch s.unread = s.chunk[:n]; {
 			case n > 0: // an error comes again with the next call
+				continue
 			case err == nil:
-			case m.size > 0 && errors.Is(err, io.EOF):
+				return message{}, errNothingYet
+			case s.m.size > 0 && errors.Is(err, io.EOF):
 				return message{}, io.ErrUnexpectedEOF
-			default:
-				return message{}, err
 			}
-			continue
+			return message{}, err
 		}
-		n, done, err := p.scan(s.unread)
-		part := s.unread[:n]
+		if s.m.size == 0 {
+			s.scan = scanner{spans: &s.m.spans}
+		}
+		done, err := s.take()
 		if err != nil {
-			kept = append(kept, part...)
-			return fail(err.Error())
+			s.broken, s.unread = true, nil
+			return message{}, &syntaxError{err.Error(), s.m.raw(memberID)}
 		}
-		if m.size += n; m.size > s.limit && !s.discard {
-			kept = append(kept, part...)
-			return fail(fmt.Sprintf("message of more than %d bytes", s.limit))
+		if done {
+			m := s.m
+			s.m = message{}
+			return m, nil
 		}
-		s.unread = s.unread[n:]
-		if m.kept = !done || m.size > n; m.kept {
-			part = part[:min(n, s.limit-len(kept))]
-			if cap(kept)-len(kept) < len(part) {
-				kept = slices.Grow(kept, max(cap(kept), len(part))) // append would grow it by less, and copy more
-			}
-			kept = append(kept, part...)
-			m.text = kept
-		} else {
-			m.text = part[:min(n, s.limit)]
-			s.release(kept)
-		}
-		if !done {
-			continue
-		}
-		// Bytes that were discarded go to nobody; the rest must be UTF-8.
-		if p.high && m.size == len(m.text) && !utf8.Valid(m.text) {
-			kept = m.text
-			return fail("JSON parse error, a string is not UTF-8")
-		}
-		m.newlines = p.newlines
-		return m, nil
 	}
+}
+
+// take adds to the message what of it is unread, and says whether it is complete.
+func (s *splitter) take() (bool, error) {
+	m := &s.m
+	n, done, err := s.scan.scan(s.unread)
+	part := s.unread[:n]
+	s.unread = s.unread[n:]
+	m.size += n
+	if err == nil && m.size > s.limit && !s.discard {
+		err = fmt.Errorf("message of more than %d bytes", s.limit)
+	}
+	if done && m.size == n && err == nil {
+		m.text = part[:min(n, s.limit)]
+	} else {
+		if !m.kept {
+			m.kept, m.text, s.spare = true, s.spare, nil
+		}
+		if s.discard {
+			part = part[:min(n, s.limit-len(m.text))]
+		}
+		if cap(m.text)-len(m.text) < len(part) {
+			m.text = slices.Grow(m.text, max(cap(m.text), len(part))) // append would grow it by less, and copy more
+		}
+		m.text = append(m.text, part...)
+	}
+	// Bytes that were discarded go to nobody; the rest must be UTF-8.
+	if done && err == nil && s.scan.high && m.size == len(m.text) && !utf8.Valid(m.text) {
+		err = errors.New("JSON parse error, a string is not UTF-8")
+	}
+	m.newlines = s.scan.newlines
+	return done, err
 }
 
 func leadingSpace(b []byte) int {
@@ -278,8 +284,12 @@ func (s *scanner) scan(b []byte) (n int, done bool, err error) {
 	bad := func(i int) (int, bool, error) {
 		return i, false, fmt.Errorf("JSON parse error, unexpected byte %q at offset %d", b[i:i+1], s.off+i)
 	}
-	blockEnd, blockPlain := 0, false // of b, looked through by isPlain
 	for i := 0; i < len(b); i++ {
+		if s.depth > 1 && s.state <= inString {
+			if i = s.skim(b, i); i == len(b) {
+				break
+			}
+		}
 		c := b[i]
 	again:
 		switch s.state {
@@ -363,15 +373,6 @@ func (s *scanner) scan(b []byte) (n int, done bool, err error) {
 			}
 
 		case inString:
-			if s.depth > 1 {
-				if i >= blockEnd {
-					blockEnd = min(i+blockSize, len(b))
-					blockPlain = s.isPlain(b[i:blockEnd])
-				}
-				if blockPlain {
-					i = s.skipStrings(b[:blockEnd], i)
-				}
-			}
 			var all byte
 			start := i
 			for i < len(b) && plain[b[i]] {
@@ -451,74 +452,108 @@ var plain = func() (t [256]bool) {
 }()
 
 // A word of eight bytes: x-ones borrows from the top bit of a byte that is 0, and
-// w-ones*' ' from that of one below ' '.
+// w-ones*' ' from that of one below ' '. The lowest top bit that is set is right,
+// those above it may not be.
 const ones, tops = 0x0101010101010101, 0x8080808080808080
 
-// blockSize is how much is looked through at once: one special byte makes its block slow.
-const blockSize = 2048
+// What QEMU writes between two strings.
+const (
+	afterKey = uint32('"') | ':'<<8 | ' '<<16 | '"'<<24
+	nextItem = uint32('"') | ','<<8 | ' '<<16 | '"'<<24
+)
 
-// isPlain says whether a block has only bytes that mean nothing special in a
-// string, and quotes; and it notes whether some are ≥ 0x80.
-func (s *scanner) isPlain(b []byte) bool {
-	if bytes.IndexByte(b, '\\') >= 0 {
-		return false
-	}
-	var below, all uint64
-	for ; len(b) >= 8; b = b[8:] {
-		w := binary.LittleEndian.Uint64(b)
-		below |= (w - ones*' ') &^ w
-		all |= w
-	}
-	for _, c := range b {
-		all |= uint64(c)
-		if c < ' ' {
-			below = tops
-		}
-	}
-	s.high = s.high || all&tops != 0
-	return below&tops == 0
-}
-
-// skipStrings goes on from inside of a string of a plain block to its end and over
-// further ones, as long as they are apart as QEMU writes them. Most of a large answer
-// is that. It stops inside of a string, or at the quote that ends one. Only for
-// strings whose text nobody wants: below the outermost value's members.
-func (s *scanner) skipStrings(b []byte, i int) int {
-	const (
-		afterKey = uint32('"') | ':'<<8 | ' '<<16 | '"'<<24
-		nextItem = uint32('"') | ','<<8 | ' '<<16 | '"'<<24
-		// The last string of an object in an array, and the first key of the next one.
-		nextObject = uint64('"') | '}'<<8 | ','<<16 | ' '<<24 | '{'<<32 | '"'<<40
+// skim goes on from b[i] as scan does, where scan has nothing to note: below the
+// outermost value's members. That is most of a large answer, and here it costs a few
+// instructions a byte. It stops before whatever is rarer (numbers, escapes, empty objects,
+// line ends, errors, the last bytes of b), for scan to go on.
+func (s *scanner) skim(b []byte, i int) int {
+	var (
+		state  = s.state
+		object = s.inObject()
+		key    = s.key
+		all    uint64
 	)
-	object, objects := s.inObject(), s.inArrayOfObjects()
+scan:
 	for i <= len(b)-8 {
-		w := binary.LittleEndian.Uint64(b[i:])
-		x := w ^ ones*'"'
-		end := (x - ones) &^ x & tops
-		if end == 0 {
-			i += 8
+		if state == inString {
+			w := binary.LittleEndian.Uint64(b[i:])
+			quote, slash := w^ones*'"', w^ones*'\\'
+			all |= w // what is behind the string, too: it only has UTF-8 checked without need
+			special := ((quote-ones)&^quote | (slash-ones)&^slash | (w-ones*' ')&^w) & tops
+			if special == 0 {
+				i += 8
+				continue
+			}
+			i += bits.TrailingZeros64(special) / 8
+			if i > len(b)-8 || b[i] != '"' {
+				break
+			}
+			switch between := binary.LittleEndian.Uint32(b[i:]); {
+			case key && between == afterKey:
+				key = false
+				i += 4
+			case !key && between == nextItem:
+				key = object
+				i += 4
+			case key:
+				state = wantColon
+				i++
+			default:
+				state = wantCommaOrEnd
+				i++
+			}
 			continue
 		}
-		i += bits.TrailingZeros64(end) / 8
-		if i > len(b)-8 {
-			break
+		c := b[i]
+		if c == ' ' {
+			i++
+			continue
 		}
-		switch w = binary.LittleEndian.Uint64(b[i:]); {
-		case s.key && uint32(w) == afterKey:
-			s.key = false
-			i += 4
-		case s.key:
-			return i
-		case uint32(w) == nextItem:
-			s.key = object
-			i += 4
-		case objects && w<<16 == nextObject<<16:
-			s.key = true
-			i += 6
-		default:
-			return i
+		switch state {
+		case wantCommaOrEnd:
+			switch {
+			case c == ',' && object:
+				state = wantKey
+			case c == ',':
+				state = wantValue
+			case s.depth > 2 && (c == '}' && object || c == ']' && !object):
+				s.depth--
+				object = s.inObject()
+			default:
+				break scan
+			}
+		case wantValue, wantFirstValue:
+			switch {
+			case c == '"':
+				key, state = false, inString
+			case (c == '{' || c == '[') && s.depth < maxDepth:
+				object = c == '{'
+				s.push(object)
+				state = s.state
+			case c == 'n' && string(b[i:i+4]) == "null", c == 't' && string(b[i:i+4]) == "true":
+				state = wantCommaOrEnd
+				i += 3
+			case c == 'f' && string(b[i:i+5]) == "false":
+				state = wantCommaOrEnd
+				i += 4
+			default:
+				break scan
+			}
+		case wantKey, wantFirstKey:
+			if c != '"' {
+				break scan
+			}
+			key, state = true, inString
+		default: // wantColon
+			if c != ':' {
+				break scan
+			}
+			state = wantValue
 		}
+		i++
 	}
+	s.state, s.key = state, key
+	s.high = s.high || all&tops != 0
 	return i
 }
 
@@ -569,12 +604,6 @@ func (s *scanner) push(object bool) {
 func (s *scanner) inObject() bool {
 	d := s.depth - 1
 	return s.nesting[d/8]&(1<<(d%8)) != 0
-}
-
-// inArrayOfObjects says whether this is an object that an array below the outermost value holds.
-func (s *scanner) inArrayOfObjects() bool {
-	d := s.depth - 2
-	return d > 0 && s.inObject() && s.nesting[d/8]&(1<<(d%8)) == 0
 }
 
 // pop ends an object or array before b[end], and says whether that ends the value.

@@ -72,7 +72,7 @@ func TestSplit(t *testing.T) {
 				"data + EOF":  iotest.DataErrReader(strings.NewReader(tt.in)),
 			}
 			for name, r := range readers {
-				got, _, err := split(newSplitter(r, 1<<20, false))
+				got, _, err := split(newSplitter(r.Read, 1<<20, false))
 				if d := cmp.Diff(tt.want, got); d != "" {
 					t.Errorf("%s: values (-want +got):\n%s", name, d)
 				}
@@ -101,7 +101,7 @@ func TestMembers(t *testing.T) {
 		{`{"` + strings.Repeat(`\u0069`, 9) + strings.Repeat("x", 99) + `":1,"id":2}`, map[member]string{memberID: "2"}},
 	} {
 		for _, r := range []io.Reader{strings.NewReader(tt.in), iotest.OneByteReader(strings.NewReader(tt.in))} {
-			m, err := newSplitter(r, 1<<20, false).next()
+			m, err := newSplitter(r.Read, 1<<20, false).next()
 			if err != nil {
 				t.Fatalf("%s: %v", tt.in, err)
 			}
@@ -128,7 +128,7 @@ func TestSplitLimit(t *testing.T) {
 	for _, chunk := range []int{1, 7, chunkSize} {
 		in := func() io.Reader { return &chunked{strings.NewReader(fits + over + fits), chunk} }
 
-		s := newSplitter(in(), limit, false)
+		s := newSplitter(in().Read, limit, false)
 		got, _, err := split(s)
 		if d := cmp.Diff([]string{fits}, got); d != "" {
 			t.Errorf("chunks of %d (-want +got):\n%s", chunk, d)
@@ -141,7 +141,7 @@ func TestSplitLimit(t *testing.T) {
 			t.Errorf("after an error: %v, want EOF", err)
 		}
 
-		s = newSplitter(in(), limit, true)
+		s = newSplitter(in().Read, limit, true)
 		for i, want := range []string{fits, over, fits} {
 			m, err := s.next()
 			if err != nil {
@@ -179,8 +179,8 @@ func FuzzSplit(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, in []byte, seed uint16) {
 		const limit = 1 << 20
-		values, ids, err := split(newSplitter(bytes.NewReader(in), limit, false))
-		again, _, err2 := split(newSplitter(&chunked{bytes.NewReader(in), 1 + int(seed%17)}, limit, false))
+		values, ids, err := split(newSplitter(bytes.NewReader(in).Read, limit, false))
+		again, _, err2 := split(newSplitter((&chunked{bytes.NewReader(in), 1 + int(seed%17)}).Read, limit, false))
 		if d := cmp.Diff(values, again); d != "" || err.Error() != err2.Error() {
 			t.Fatalf("the size of reads matters: %v, %v\n%s", err, err2, d)
 		}
@@ -232,7 +232,7 @@ func BenchmarkSplit(b *testing.B) {
 	big.WriteString(`], "id": "libxl-1"}`)
 	b.SetBytes(int64(big.Len()))
 	b.ReportAllocs()
-	s := newSplitter(&repeated{text: big.Bytes()}, MaxAnswer, true)
+	s := newSplitter((&repeated{text: big.Bytes()}).Read, MaxAnswer, true)
 	for b.Loop() {
 		m, err := s.next()
 		if err != nil || m.size != big.Len() {

@@ -18,11 +18,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stubinit/stubinit/internal/fdio"
 )
 
 // A realQEMU is a QEMU without a machine, and a bridge to its monitor.
 type realQEMU struct {
 	*bench
+	poller  *fdio.Poller
 	cmd     *exec.Cmd
 	private *peer    // held for life, or QEMU drops the fdset
 	state   *os.File // the memfd that is fdset 1
@@ -62,9 +65,8 @@ func prepareQEMU(t *testing.T, o Options) (q *realQEMU, start func()) {
 		t.Fatal(err)
 	}
 
-	o.Dial = func(ctx context.Context) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", bridged)
-	}
+	q.poller = newPoller(t)
+	o.Dial = func(context.Context) (Monitor, error) { return fdio.DialUnix(q.poller, bridged) }
 	q.cmd = exec.Command(path, "-M", "none", "-nodefaults", "-display", "none", "-S",
 		"-chardev", "socket,id=stubinit-0,fd=3,server=on,wait=off", "-mon", "chardev=stubinit-0,mode=control",
 		"-chardev", "socket,id=stubinit-1,fd=4,server=on,wait=off", "-mon", "chardev=stubinit-1,mode=control",
@@ -109,7 +111,7 @@ func startQEMU(t *testing.T, o Options) *realQEMU {
 // connect gives a toolstack's session over a socket.
 func (q *realQEMU) connect() *peer {
 	q.t.Helper()
-	ours, theirs := unixPair(q.t)
+	ours, theirs := unixPair(q.t, q.poller)
 	select {
 	case q.ln.conns <- ours:
 	case <-time.After(30 * time.Second):

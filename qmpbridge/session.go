@@ -9,10 +9,10 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"os"
 	"reflect"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -20,15 +20,15 @@ import (
 var (
 	errToolstackClosed = errors.New("the toolstack closed the session")
 	errQEMUClosed      = errors.New("QEMU closed its monitor")
-
-	// errNoMore ends the reading of one side; the session goes on until what is
-	// queued has been written.
-	errNoMore = errors.New("nothing more to read")
 )
+
+// spaceMax is the largest request whose buffer is used again.
+const spaceMax = 4096
 
 // A request is one value from the toolstack.
 type request struct {
-	line     []byte // with its line end; nil once written
+	line     []byte // with its line end; what is left to write
+	space    []byte // line's buffer, for the next request, unless it is large
 	command  string
 	oob      bool   // exec-oob: QEMU may answer it before others
 	id       []byte // as the toolstack wrote it; nil without
@@ -36,28 +36,30 @@ type request struct {
 	part     part
 	save     bool      // QEMU gets it, and fdset 1 is prepared
 	resumes  bool      // cont, after a save
+	expected bool      // in inBand or outOfBand, or was
 	sent     time.Time // only for the debug log
 
 	// local is the answer when the request is not for QEMU; the session ends with
 	// it if end is set.
 	local []byte
 	end   error
-
-	released chan struct{} // of a save: closed when its answer has left
 }
 
 // An answer is one line for the toolstack.
 type answer struct {
-	line  []byte
-	kept  bool  // line is a message's, to be released
-	end   error // ends the session once the line, if any, is written
+	line  []byte // what is left to write
+	text  []byte // if line is a message's: that, to be released
+	end   error  // ends the session once the line, if any, is written
 	save  *request
 	good  bool  // QEMU saved
 	cause error // why not
 	seen  time.Time
 }
 
-// A session is one toolstack connection and its own connection to QEMU.
+// A session is one toolstack connection and its own connection to QEMU. It has no
+// goroutine of its own: whoever has news for it, most often the one that waits for
+// both connections, calls kick, and step moves what can be moved. Nothing in step
+// waits; what has to is done beside it, and comes back as a posted function.
 type session struct {
 	*Options
 	saves     *interlock
@@ -65,29 +67,48 @@ type session struct {
 	end       context.CancelCauseFunc
 	log       *slog.Logger
 	debug     bool // log's level
-	toolstack net.Conn
-	qemu      net.Conn
+	toolstack Stream
+	qemu      Monitor
+	serving   context.Context // of Serve
+	done      chan struct{}   // closed when nothing of the session is left
+	once      sync.Once       // closes done
 
+	kicks atomic.Int32 // since step began; whoever makes it 1 runs step
+
+	mu     sync.Mutex
+	posted []func()
+
+	// The rest is step's.
 	requests    *splitter
 	answers     *splitter
 	toQEMU      outbox[*request]
 	toToolstack outbox[answer]
+	sending     *request // taken from toQEMU
+	spare       *request // answered: for the next one
+	delivering  answer   // taken from toToolstack, if out
+	out         bool
 
-	mu         sync.Mutex
-	inBand     []*request // sent, not answered, in order
+	holding    bool     // sending waits for what is done beside step
+	committing bool     // delivering does
+	aborting   bool     // the session's end does
+	saving     *request // prepared, and neither answered nor aborted
+	saved      *request // a save that QEMU has got; the requests after it wait until its answer has left
+
+	inBand     []*request  // sent, not answered, in order
+	first      [4]*request // inBand's place while it is short
 	outOfBand  []*request
 	unanswered int // bytes kept of both
 	greeted    bool
-	late       bool // the session is over, and answers have a deadline
-	timedOut   bool // they did not come
-	gone       bool
-	saving     *request // prepared, and neither answered nor aborted
+	writeErr   error       // of writing to QEMU; what it has still sent is read
+	gone       bool        // QEMU's monitor has closed, or was closed
+	closed     bool        // the toolstack's connection was closed: the session is over
+	limit      *time.Timer // of the wait for answers, or for the toolstack to take what is left
 
-	events   int // counted by the reader of QEMU
+	events   int
 	answered int
 }
 
-func serveSession(ctx context.Context, toolstack net.Conn, o *Options, saves *interlock, log *slog.Logger) {
+func serveSession(ctx context.Context, toolstack Stream, o *Options, saves *interlock, log *slog.Logger) {
 	start := time.Now()
 	defer toolstack.Close()
 	qemu, err := o.Dial(ctx)
@@ -97,37 +118,17 @@ func serveSession(ctx context.Context, toolstack net.Conn, o *Options, saves *in
 	}
 	defer qemu.Close()
 
-	s := &session{
-		Options: o, saves: saves, log: log, debug: log.Enabled(ctx, slog.LevelDebug), toolstack: toolstack, qemu: qemu,
-		requests:    newSplitter(toolstack, MaxRequest, false),
-		answers:     newSplitter(qemu, MaxAnswer, true),
-		toQEMU:      outbox[*request]{limit: MaxRequest},
-		toToolstack: outbox[answer]{limit: maxQueued},
-	}
-	s.ctx, s.end = context.WithCancelCause(ctx)
+	s := newSession(ctx, toolstack, qemu, o, saves, log)
 	defer s.end(nil)
-
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		<-s.ctx.Done()
-		s.close()
-	})
-	stop := context.AfterFunc(ctx, func() { qemu.Close() })
-	defer stop()
-	s.pump(&wg, s.readToolstack, func(pass func()) error {
-		return s.toQEMU.flush(func(r *request) error { return s.send(r, pass) })
-	})
-	s.pump(&wg, s.readQEMU, s.flushToToolstack)
-	wg.Wait()
+	context.AfterFunc(s.ctx, s.kick)
+	defer context.AfterFunc(ctx, s.kick)() // again, if the session is over by then
+	if err := errors.Join(toolstack.Notify(s.kick), qemu.Notify(s.kick)); err != nil {
+		s.end(err)
+	}
+	s.kick()
+	<-s.done
 
 	cause := context.Cause(s.ctx)
-	if s.timedOut {
-		log.Warn("QEMU has not answered; the next session may get an answer that is not its own, and end",
-			"requests", len(s.inBand)+len(s.outOfBand), "waited", answerLimit)
-	}
-	if s.saving != nil {
-		s.abort(fmt.Errorf("the session ended during the save: %w", cause))
-	}
 	level := slog.LevelWarn
 	if errors.Is(cause, errToolstackClosed) || ctx.Err() != nil {
 		level = slog.LevelDebug
@@ -136,132 +137,172 @@ func serveSession(ctx context.Context, toolstack net.Conn, o *Options, saves *in
 		"events dropped", s.events, "took", time.Since(start))
 }
 
-// close ends what waits on a connection, once the session is over, but for what
-// is still to come from QEMU. QEMU (seen with 7.2) gives a command's answer to
-// whoever is connected when the command is done, so the monitor's connection
-// stays until all that was asked is answered: the next session would get it. It
-// also stays until the greeting: QEMU listens with a backlog of 1, and connections
-// that were closed before QEMU took them would fill that. Nobody loses by it, the
-// next session's greeting could not come any sooner.
-func (s *session) close() {
-	s.toolstack.Close()
-	s.qemu.SetWriteDeadline(time.Unix(1, 0))
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.closeIfAnswered()
+func newSession(ctx context.Context, toolstack Stream, qemu Monitor, o *Options, saves *interlock, log *slog.Logger) *session {
+	s := &session{
+		Options: o, saves: saves, log: log, debug: log.Enabled(ctx, slog.LevelDebug), toolstack: toolstack, qemu: qemu,
+		serving: ctx, done: make(chan struct{}),
+		requests:    newSplitter(toolstack.TryRead, MaxRequest, false),
+		answers:     newSplitter(qemu.TryRead, MaxAnswer, true),
+		toQEMU:      outbox[*request]{limit: MaxRequest},
+		toToolstack: outbox[answer]{limit: maxQueued},
+	}
+	s.ctx, s.end = context.WithCancelCause(ctx)
+	return s
 }
 
-// closeIfAnswered closes the monitor when the session is over and nothing is
-// left to come. With s.mu held.
-func (s *session) closeIfAnswered() {
-	switch {
-	case !s.over() || !s.greeted:
-	case len(s.inBand) == 0 && len(s.outOfBand) == 0:
-		s.qemu.Close()
-	case !s.late:
-		s.late = true
-		s.qemu.SetReadDeadline(time.Now().Add(answerLimit))
+// kick has step run, now or again. It may be called by any goroutine and by step itself.
+func (s *session) kick() {
+	if s.kicks.Add(1) > 1 {
+		return // whoever runs step runs it again
 	}
+	for n := int32(1); ; {
+		s.step()
+		if s.kicks.CompareAndSwap(n, 0) {
+			return
+		}
+		n = s.kicks.Load()
+	}
+}
+
+// post has step call f.
+func (s *session) post(f func()) {
+	s.mu.Lock()
+	s.posted = append(s.posted, f)
+	s.mu.Unlock()
+	s.kick()
+}
+
+// beside does job, which waits, on a goroutine of its own; then step goes on with then.
+func (s *session) beside(job func(), then func()) {
+	go func() {
+		job()
+		s.post(then)
+	}()
 }
 
 func (s *session) over() bool { return s.ctx.Err() != nil }
 
-// pump moves values one way until read fails. The goroutine that has read a value
-// writes it too, so that a round trip waits for no other one. Before it waits for
-// anything else than its next value it passes the reading on to the second goroutine,
-// so that a peer which does not read never keeps the bridge from reading the other.
-func (s *session) pump(wg *sync.WaitGroup, read func() error, flush func(pass func()) error) {
-	turn, stop := make(chan struct{}, 1), make(chan struct{})
-	turn <- struct{}{}
-	for range 2 {
-		wg.Go(func() {
-			reads := false // it is this one's turn
-			pass := func() {
-				if reads {
-					reads = false
-					turn <- struct{}{}
-				}
-			}
-			for {
-				if !reads {
-					select {
-					case <-turn:
-						reads = true
-					case <-stop:
-						return
-					}
-				}
-				err := read()
-				if err != nil {
-					reads = false
-					close(stop)
-				}
-				if err != nil && err != errNoMore {
-					s.end(err)
-					return
-				}
-				if err := flush(pass); err != nil {
-					s.end(err)
-				}
-				if err != nil {
-					return
-				}
-			}
-		})
+// step moves all that can be moved. A peer that does not read never keeps it from
+// reading the other.
+func (s *session) step() {
+	s.mu.Lock()
+	posted := s.posted
+	s.posted = nil
+	s.mu.Unlock()
+	for _, f := range posted {
+		f()
+	}
+	for moved := true; moved && !s.over(); {
+		moved = s.readToolstack()
+		moved = s.send() || moved
+		moved = s.readQEMU() || moved
+		moved = s.deliver() || moved
+	}
+	if s.over() {
+		s.finish()
 	}
 }
 
-// write writes all of b. Before it has to wait it calls pass; for a connection that
-// cannot tell, always.
-func write(c net.Conn, b []byte, pass func()) error {
-	if c, ok := c.(interface {
-		TryWrite([]byte) (int, error) // writes what the peer takes at once
-	}); ok {
-		n, err := c.TryWrite(b)
-		if err != nil || n == len(b) {
-			return err
+// finish ends what can be ended of a session that is over. QEMU (seen with 7.2)
+// gives a command's answer to whoever is connected when the command is done, so the
+// monitor's connection stays until all that was asked is answered: the next session
+// would get it. It also stays until the greeting: QEMU listens with a backlog of 1,
+// and connections that were closed before QEMU took them would fill that. Nobody
+// loses by it, the next session's greeting could not come any sooner.
+func (s *session) finish() {
+	if !s.closed {
+		s.closed = true
+		s.toolstack.Close()
+		if r := s.sending; r != nil && r.local == nil && !s.holding { // QEMU did not get it whole
+			s.unexpect(r)
 		}
-		b = b[n:]
 	}
-	pass()
-	_, err := c.Write(b)
-	return err
+	for !s.gone && s.readQEMU() {
+	}
+	switch {
+	case s.gone:
+	case s.serving.Err() != nil, s.greeted && len(s.inBand) == 0 && len(s.outOfBand) == 0:
+		s.hangUp()
+	case s.greeted && s.limit == nil:
+		s.limit = time.AfterFunc(answerLimit, func() { s.post(s.answersLate) })
+	}
+	switch {
+	case !s.gone || s.holding || s.committing || s.aborting:
+	case s.saving != nil:
+		s.aborting = true
+		cause := fmt.Errorf("the session ended during the save: %w", context.Cause(s.ctx))
+		s.beside(func() { s.abort(cause) }, func() { s.saving, s.aborting = nil, false })
+	default:
+		if s.limit != nil {
+			s.limit.Stop()
+		}
+		s.once.Do(func() { close(s.done) })
+	}
 }
 
-// readToolstack takes one request into the queue toward QEMU.
-func (s *session) readToolstack() error {
+// answersLate gives up QEMU's answers to a session that is over.
+func (s *session) answersLate() {
+	if s.gone {
+		return
+	}
+	s.log.Warn("QEMU has not answered; the next session may get an answer that is not its own, and end",
+		"requests", len(s.inBand)+len(s.outOfBand), "waited", answerLimit)
+	s.hangUp()
+}
+
+// readToolstack takes one request into the queue toward QEMU, and says whether it did something.
+func (s *session) readToolstack() bool {
 	m, err := s.requests.next()
+	if err != nil {
+		return s.toolstackFailed(err)
+	}
+	r := s.parse(&m)
+	s.requests.drop(&m)
+	if !s.toQEMU.put(r, len(r.line)+itemOverhead) {
+		s.end(fmt.Errorf("more than %d bytes of requests wait for QEMU, which does not read them", MaxRequest))
+	}
+	return true
+}
+
+// toolstackFailed takes an error of reading; false if it only says that nothing is there yet.
+func (s *session) toolstackFailed(err error) bool {
 	var bad *syntaxError
 	switch {
+	case err == errNothingYet:
+		return false
 	case errors.As(err, &bad):
 		// The splitter only drops input from here on, and still sees the close.
 		s.toQEMU.put(&request{
 			local: errorLine(bad.id, bad.desc),
 			end:   fmt.Errorf("the toolstack sent what is not QMP: %w", bad),
 		}, 0)
-		return nil
-	case err != nil:
-		return toolstackError("read from", err)
+	default:
+		s.end(toolstackError("read from", err))
 	}
-	r := s.parse(&m)
-	s.requests.drop(&m)
-	if !s.toQEMU.put(r, len(r.line)+itemOverhead) {
-		return fmt.Errorf("more than %d bytes of requests wait for QEMU, which does not read them", MaxRequest)
-	}
-	return nil
+	return true
 }
 
 func (s *session) parse(m *message) *request {
-	r := &request{line: line(m.text, "\n"), id: bytes.Clone(m.raw(memberID))}
+	r := s.spare
+	if s.spare = nil; r == nil {
+		r = new(request)
+	}
+	*r = request{line: append(append(r.space[:0], m.text...), '\n')}
+	if len(r.line) > spaceMax {
+		r.id = bytes.Clone(m.raw(memberID)) // it stays until the answer, the line does not
+	} else {
+		r.space = r.line
+		if id := m.spans[memberID]; m.has(memberID) {
+			r.id = r.line[id.start:id.end:id.end]
+		}
+	}
 	if !m.has(memberExecute) {
 		r.command, r.oob = m.str(memberExecOOB), m.has(memberExecOOB)
 		return r
 	}
 	r.command = m.str(memberExecute)
-	var arguments map[string]any
-	if r.command == "device_add" && s.PCIReady != nil && json.Unmarshal(m.raw(memberArguments), &arguments) == nil &&
-		arguments["driver"] == "xen-pci-passthrough" {
-		r.hostaddr, _ = arguments["hostaddr"].(string)
+	if r.command == "device_add" && s.PCIReady != nil {
+		r.hostaddr = m.hostaddr()
 	}
 	if s.Save != nil {
 		r.part = m.part(r.command)
@@ -269,53 +310,93 @@ func (s *session) parse(m *message) *request {
 	return r
 }
 
-// send writes one request to QEMU. The requests after it wait until it returns.
-func (s *session) send(r *request, pass func()) error {
+// hostaddr gives the PCI device of a device_add; "" for another kind of device.
+func (m *message) hostaddr() string {
+	var arguments map[string]any
+	if json.Unmarshal(m.raw(memberArguments), &arguments) != nil || arguments["driver"] != "xen-pci-passthrough" {
+		return ""
+	}
+	addr, _ := arguments["hostaddr"].(string)
+	return addr
+}
+
+// send writes requests to QEMU, in order, and says whether it did something.
+func (s *session) send() (moved bool) {
+	for !s.holding && s.saved == nil && !s.over() {
+		r := s.sending
+		if r == nil {
+			var ok bool
+			if r, ok = s.toQEMU.take(); !ok {
+				return moved
+			}
+			s.sending, moved = r, true
+			s.begin(r)
+			continue
+		}
+		if !r.expected {
+			r.expected = true
+			if err := s.expect(r); err != nil {
+				s.end(err)
+				return true
+			}
+		}
+		if r.local != nil || s.gone || s.writeErr != nil {
+			s.sending = nil
+			continue
+		}
+		n, err := s.qemu.TryWrite(r.line)
+		r.line = r.line[n:]
+		moved = moved || n > 0
+		switch {
+		case err != nil:
+			// Its answer is readQEMU's error.
+			s.writeErr = fmt.Errorf("write to QEMU's monitor: %w", err)
+		case len(r.line) > 0:
+			return moved
+		default:
+			s.qemu.Expect()
+			if r.save {
+				s.saved = r
+			}
+		}
+		r.line, s.sending = nil, nil
+	}
+	return moved
+}
+
+// begin does what has to be done before QEMU may get r.
+func (s *session) begin(r *request) {
 	if r.part != noPart {
 		s.interlock(r)
 	}
 	switch {
 	case r.hostaddr != "":
-		pass()
-		s.hold(r)
+		s.holding = true
+		s.beside(func() { s.hold(r.hostaddr) }, func() { s.holding = false })
 	case r.part == saveState && r.local == nil:
-		pass()
-		s.prepare(r)
+		s.holding, s.saving = true, r
+		var err error
+		s.beside(func() {
+			if err = s.Save.Prepare(s.ctx); err != nil {
+				err = fmt.Errorf("prepare to save the device state: %w", err)
+				s.abort(err)
+			}
+		}, func() {
+			s.holding = false
+			if r.save = err == nil; err != nil {
+				s.saving, r.local = nil, errorLine(r.id, err.Error())
+			}
+		})
 	}
-	if err := s.expect(r); err != nil {
-		return err
-	}
-	if r.local != nil {
-		return s.flushToToolstack(pass)
-	}
-	text := r.line
-	r.line = nil
-	if err := write(s.qemu, text, pass); err != nil {
-		if s.over() {
-			s.unexpect(r)
-			return context.Cause(s.ctx)
-		}
-		s.qemuGone(fmt.Errorf("write to QEMU's monitor: %w", err))
-		return s.flushToToolstack(pass)
-	}
-	if r.save {
-		pass()
-		select {
-		case <-r.released:
-		case <-s.ctx.Done():
-			return context.Cause(s.ctx)
-		}
-	}
-	return nil
 }
 
 // hold waits for the PCI device of a device_add.
-func (s *session) hold(r *request) {
+func (s *session) hold(hostaddr string) {
 	ctx, cancel := context.WithTimeout(s.ctx, pciLimit)
 	defer cancel()
 	start := time.Now()
-	err := s.PCIReady(ctx, r.hostaddr)
-	log := s.log.With("hostaddr", r.hostaddr, "waited", time.Since(start))
+	err := s.PCIReady(ctx, hostaddr)
+	log := s.log.With("hostaddr", hostaddr, "waited", time.Since(start))
 	if err != nil && s.ctx.Err() == nil {
 		log.Warn("device_add goes to QEMU, though its PCI device is not there", "err", err)
 	} else if err == nil {
@@ -323,20 +404,8 @@ func (s *session) hold(r *request) {
 	}
 }
 
-// prepare starts a save; when that fails the request gets its answer here.
-func (s *session) prepare(r *request) {
-	s.saving = r
-	r.save, r.released = true, make(chan struct{})
-	if err := s.Save.Prepare(s.ctx); err != nil {
-		err = fmt.Errorf("prepare to save the device state: %w", err)
-		s.abort(err)
-		r.save, r.local = false, errorLine(r.id, err.Error())
-	}
-}
-
-// abort ends the save that is under way as failed.
+// abort ends a save as failed.
 func (s *session) abort(cause error) {
-	s.saving = nil
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.ctx), abortLimit)
 	defer cancel()
 	s.log.Error("device state not saved", "err", cause)
@@ -347,11 +416,6 @@ func (s *session) abort(cause error) {
 
 // expect notes that r will be answered.
 func (s *session) expect(r *request) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.over() {
-		return context.Cause(s.ctx)
-	}
 	if s.debug {
 		r.sent = time.Now()
 	}
@@ -362,6 +426,9 @@ func (s *session) expect(r *request) error {
 	if r.oob {
 		s.outOfBand = append(s.outOfBand, r)
 	} else {
+		if len(s.inBand) == 0 {
+			s.inBand = s.first[:0]
+		}
 		s.inBand = append(s.inBand, r)
 	}
 	return s.queueLocal()
@@ -370,17 +437,14 @@ func (s *session) expect(r *request) error {
 // unexpect takes back the last expect, of a request that QEMU did not get whole.
 func (s *session) unexpect(r *request) {
 	s.saves.answered(r, false)
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	isIt := func(q *request) bool { return q == r }
 	s.inBand = slices.DeleteFunc(s.inBand, isIt)
 	s.outOfBand = slices.DeleteFunc(s.outOfBand, isIt)
-	s.closeIfAnswered()
 }
 
 func (r *request) cost() int { return len(r.id) + len(r.command) + itemOverhead }
 
-// queueLocal queues the bridge's own answers whose turn has come. With s.mu held.
+// queueLocal queues the bridge's own answers whose turn has come.
 func (s *session) queueLocal() error {
 	for len(s.inBand) > 0 && s.inBand[0].local != nil {
 		r := s.inBand[0]
@@ -403,42 +467,55 @@ func (s *session) queue(a answer) error {
 	return nil
 }
 
-// readQEMU takes one line of QEMU into the queue toward the toolstack.
-func (s *session) readQEMU() error {
+// readQEMU takes one line of QEMU into the queue toward the toolstack, and says whether it did something.
+func (s *session) readQEMU() bool {
+	if s.gone {
+		return false
+	}
 	m, err := s.answers.next()
-	var bad *syntaxError
-	switch {
-	case errors.As(err, &bad):
-		return fmt.Errorf("QEMU sent what is not QMP: %w", bad)
-	case err != nil:
-		if !errors.Is(err, io.EOF) {
-			err = fmt.Errorf("read from QEMU's monitor: %w", err)
-		}
-		s.qemuGone(err)
-		return errNoMore
+	if err != nil {
+		return s.qemuFailed(err)
 	}
 	good, failed := m.has(memberReturn), m.has(memberError)
 	switch {
 	case good != failed:
-		return s.readAnswer(&m, good)
+		err = s.readAnswer(&m, good)
 	case good: // and failed: nonsense
+		err = fmt.Errorf("QEMU sent what is not QMP: %.100q", m.text)
 	case m.has(memberEvent):
 		s.events++
 		s.answers.drop(&m)
-		return nil
 	case m.has(memberGreeting) && m.size <= MaxAnswer-2:
-		s.mu.Lock()
-		defer s.mu.Unlock()
 		s.greeted = true
-		s.closeIfAnswered()
-		return s.queue(answer{line: lineOut(&m), kept: m.kept})
+		err = s.queue(answerLine(&m))
+	default:
+		err = fmt.Errorf("QEMU sent what is not QMP: %.100q", m.text)
 	}
-	return fmt.Errorf("QEMU sent what is not QMP: %.100q", m.text)
+	if err != nil {
+		s.end(err)
+	}
+	return true
+}
+
+// qemuFailed takes an error of reading; false if it only says that nothing is there yet.
+func (s *session) qemuFailed(err error) bool {
+	var bad *syntaxError
+	switch {
+	case err == errNothingYet && s.writeErr == nil:
+		return false
+	case err == errNothingYet:
+		s.qemuGone(s.writeErr)
+	case errors.As(err, &bad):
+		s.end(fmt.Errorf("QEMU sent what is not QMP: %w", bad))
+	case errors.Is(err, io.EOF):
+		s.qemuGone(err)
+	default:
+		s.qemuGone(fmt.Errorf("read from QEMU's monitor: %w", err))
+	}
+	return true
 }
 
 func (s *session) readAnswer(m *message, good bool) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	r, err := s.take(m, good)
 	if err != nil {
 		return err
@@ -450,7 +527,7 @@ func (s *session) readAnswer(m *message, good bool) error {
 	}
 	var a answer
 	if m.size <= MaxAnswer-2 {
-		a.line, a.kept = lineOut(m), m.kept
+		a = answerLine(m)
 	} else {
 		a.line = errorLine(r.id, fmt.Sprintf("%s: QEMU's answer has %d bytes, the toolstack takes %d",
 			r.command, m.size, MaxAnswer-2))
@@ -462,17 +539,17 @@ func (s *session) readAnswer(m *message, good bool) error {
 		if !good {
 			a.cause = fmt.Errorf("QEMU: %.200s", m.raw(memberError))
 		}
+	} else if r != s.sending {
+		s.spare = r
 	}
 	if err := s.queue(a); err != nil {
 		return err
 	}
-	err = s.queueLocal()
-	s.closeIfAnswered()
-	return err
+	return s.queueLocal()
 }
 
 // take finds the request that m answers. QEMU answers in order, except exec-oob,
-// where ids tell. With s.mu held.
+// where ids tell.
 func (s *session) take(m *message, good bool) (*request, error) {
 	id := m.raw(memberID)
 	if id != nil {
@@ -505,16 +582,10 @@ func (s *session) qemuGone(err error) {
 	if !errors.Is(err, io.EOF) {
 		cause = fmt.Errorf("%w: %w", errQEMUClosed, err)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.hangUp()
 	if s.over() { // nobody is left to tell
-		s.timedOut = errors.Is(err, os.ErrDeadlineExceeded)
 		return
 	}
-	if s.gone {
-		return
-	}
-	s.gone = true
 	unanswered := append(s.outOfBand, s.inBand...)
 	for _, r := range unanswered {
 		a := answer{line: r.local, cause: cause}
@@ -534,39 +605,91 @@ func (s *session) qemuGone(err error) {
 	if len(unanswered) == 0 {
 		s.toToolstack.put(answer{end: cause}, 0)
 	}
-	time.AfterFunc(drainLimit, func() { s.end(cause) })
+	s.limit = time.AfterFunc(drainLimit, func() { s.end(cause) })
 }
 
-func (s *session) flushToToolstack(pass func()) error {
-	return s.toToolstack.flush(func(a answer) error { return s.deliver(a, pass) })
+// hangUp closes QEMU's monitor.
+func (s *session) hangUp() {
+	s.gone = true
+	s.qemu.Close()
 }
 
-// deliver writes one line to the toolstack, a save's answer only when the state
-// has been handed over.
-func (s *session) deliver(a answer, pass func()) error {
-	if a.save != nil {
-		pass()
-		s.commit(&a)
-	}
-	if len(a.line) > 0 {
-		if err := write(s.toolstack, a.line, pass); err != nil {
-			return toolstackError("write to", err)
+// deliver writes answers to the toolstack, a save's only when the state has been handed over. It says whether it did something.
+func (s *session) deliver() (moved bool) {
+	for !s.committing && !s.over() {
+		a := &s.delivering
+		if !s.out {
+			if *a, s.out = s.toToolstack.take(); !s.out {
+				return moved
+			}
+			moved = true
+			if a.save != nil {
+				s.commit(a)
+				continue
+			}
 		}
+		if len(a.line) > 0 {
+			n, err := s.toolstack.TryWrite(a.line)
+			a.line = a.line[n:]
+			moved = moved || n > 0
+			if err != nil {
+				s.end(toolstackError("write to", err))
+				return true
+			}
+			if len(a.line) > 0 {
+				return moved
+			}
+		}
+		s.out = false
+		s.delivered(a)
 	}
-	if a.kept {
-		s.answers.release(a.line)
+	return moved
+}
+
+func (s *session) delivered(a *answer) {
+	if a.text != nil {
+		s.answers.release(a.text)
 	}
 	if a.save != nil {
-		s.saving = nil
+		s.saving, s.saved = nil, nil
 		if a.good {
 			s.saves.saved()
-		}
-		close(a.save.released)
-		if a.good {
 			s.log.Info("device state saved", "took", time.Since(a.seen))
 		}
 	}
-	return a.end
+	if a.end != nil {
+		s.end(a.end)
+		return
+	}
+	s.qemu.Linger()
+}
+
+// commit hands a saved state over before its answer leaves, or ends a save that failed.
+func (s *session) commit(a *answer) {
+	s.committing = true
+	err, line := a.cause, a.line
+	s.beside(func() {
+		switch {
+		case a.good:
+			if err = s.Save.Commit(s.ctx); err != nil {
+				err = fmt.Errorf("hand the device state to the toolstack: %w", err)
+				line = errorLine(a.save.id, err.Error())
+			}
+		default:
+			if why := s.Save.Explain(err); why != nil {
+				err, line = why, errorLine(a.save.id, why.Error())
+			}
+		}
+		if err != nil {
+			s.abort(err)
+		}
+	}, func() {
+		s.committing = false
+		a.line, a.good = line, err == nil
+		if err != nil {
+			s.saving = nil
+		}
+	})
 }
 
 // toolstackError tells a toolstack that is gone, as it may be at any time, from
@@ -580,19 +703,13 @@ func toolstackError(op string, err error) error {
 	return fmt.Errorf("%s the toolstack: %w", op, err)
 }
 
-func (s *session) commit(a *answer) {
-	if !a.good {
-		if why := s.Save.Explain(a.cause); why != nil {
-			a.cause, a.line = why, errorLine(a.save.id, why.Error())
-		}
-		s.abort(a.cause)
-		return
+// answerLine is m as an answer, in m's own buffer if that is kept.
+func answerLine(m *message) answer {
+	a := answer{line: lineOut(m)}
+	if m.kept {
+		a.text = a.line
 	}
-	if err := s.Save.Commit(s.ctx); err != nil {
-		err = fmt.Errorf("hand the device state to the toolstack: %w", err)
-		s.abort(err)
-		a.good, a.line = false, errorLine(a.save.id, err.Error())
-	}
+	return a
 }
 
 // lineOut is m as a line for the toolstack, in m's own buffer if that is kept.

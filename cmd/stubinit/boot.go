@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stubinit/stubinit/internal/console"
+	"github.com/stubinit/stubinit/internal/fdio"
 	"github.com/stubinit/stubinit/internal/modules"
 	"github.com/stubinit/stubinit/internal/qemu"
 	"github.com/stubinit/stubinit/internal/qmp"
@@ -98,6 +99,7 @@ type agent struct {
 	incoming *os.File // QEMU's end of the pipe; nil if nothing is restored
 	received func()   // ends what fills it
 	// endpoint
+	poller   *fdio.Poller // of the toolstack's sessions, and of theirs to QEMU
 	endpoint net.Listener
 	// qemu
 	reaper *qemu.Reaper
@@ -377,10 +379,14 @@ const toolstackDomain = 0
 // endpointStep publishes the QMP endpoint. It is there, and lets a client wait, before QEMU is.
 func (a *agent) endpointStep(ctx context.Context) error {
 	var err error
+	if a.poller, err = fdio.NewPoller(); err != nil {
+		return err
+	}
 	a.endpoint, err = vchan.Listen(ctx, vchan.Config{
 		Client:  toolstackDomain,
 		Path:    a.cfg.devicePath() + "/qmp-vchan",
 		Store:   a.xs,
+		Poller:  a.poller,
 		Options: vchan.Options{Marker: true, Log: a.log},
 	})
 	return err
@@ -529,7 +535,7 @@ func (a *agent) bridgeStep(ctx context.Context) error {
 	pci := &qmpbridge.PCI{Xenstore: a.xs}
 	a.service(ctx, "QMP endpoint", func(ctx context.Context) error {
 		return qmpbridge.Serve(ctx, a.endpoint, qmpbridge.Options{
-			Dial:     func(ctx context.Context) (net.Conn, error) { return a.dialMonitor(ctx, bridgeSocket) },
+			Dial:     func(context.Context) (qmpbridge.Monitor, error) { return a.dialMonitor(bridgeSocket) },
 			PCIReady: pci.Ready,
 			Save:     a.state,
 			Log:      a.log,

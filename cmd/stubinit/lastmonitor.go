@@ -1,11 +1,10 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"io"
-	"net"
+	"os"
 	"sync"
 	"time"
 
@@ -37,13 +36,17 @@ func newLastMonitor(version qmp.Version) *lastMonitor {
 }
 
 // dial gives a connection that is served until its other end is closed.
-func (m *lastMonitor) dial() net.Conn {
-	ours, theirs := net.Pipe()
+func (m *lastMonitor) dial(p *fdio.Poller) (*fdio.Conn, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, os.NewSyscallError("socketpair", err)
+	}
+	theirs := os.NewFile(uintptr(fds[1]), "last monitor")
 	go func() {
 		defer theirs.Close()
 		_ = m.serve(theirs) // ends with the session
 	}()
-	return ours
+	return fdio.NewConn(p, fds[0], "last monitor")
 }
 
 func (m *lastMonitor) serve(conn io.ReadWriter) error {
@@ -81,18 +84,15 @@ func (m *lastMonitor) serve(conn io.ReadWriter) error {
 
 // dialMonitor connects a session of the toolstack to QEMU, which listens on path, or to who answers for it. libxl's cont can
 // come before we know ourselves that QEMU has died.
-func (a *agent) dialMonitor(ctx context.Context, path string) (net.Conn, error) {
+func (a *agent) dialMonitor(path string) (*fdio.Conn, error) {
 	if m := a.last.Load(); m != nil {
-		return m.dial(), nil
+		return m.dial(a.poller)
 	}
-	conn, err := fdio.DialUnix(ctx, path)
-	switch {
-	case err == nil:
-		return conn, nil
-	case errors.Is(err, unix.ECONNREFUSED) && a.stopped.Load(): // nobody has the socket any more
-		return a.answerForQEMU().dial(), nil
+	conn, err := fdio.DialUnix(a.poller, path)
+	if errors.Is(err, unix.ECONNREFUSED) && a.stopped.Load() { // nobody has the socket any more
+		return a.answerForQEMU().dial(a.poller)
 	}
-	return nil, err
+	return conn, err
 }
 
 // answerForQEMU gives the one lastMonitor there is.

@@ -2,14 +2,73 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/stubinit/stubinit/internal/fdio"
 	"github.com/stubinit/stubinit/internal/qmp"
 )
+
+// newPoller gives a Poller that somebody waits in until the test's end.
+func newPoller(t *testing.T) *fdio.Poller {
+	p, err := fdio.NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for p.Wait() == nil {
+		}
+	}()
+	t.Cleanup(func() {
+		p.Interrupt()
+		<-done
+		p.Close()
+	})
+	return p
+}
+
+// waiting is a Conn whose calls wait.
+type waiting struct {
+	*fdio.Conn
+	ready chan struct{}
+}
+
+func newWaiting(t *testing.T, c *fdio.Conn) *waiting {
+	w := &waiting{c, make(chan struct{}, 1)}
+	if err := c.Notify(w.notify); err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+func (w *waiting) notify() {
+	select {
+	case w.ready <- struct{}{}:
+	default:
+	}
+}
+
+func (w *waiting) Read(b []byte) (int, error) {
+	for {
+		if n, err := w.TryRead(b); n > 0 || err != nil {
+			return n, err
+		}
+		<-w.ready
+	}
+}
+
+func (w *waiting) Write(b []byte) (int, error) { return w.TryWrite(b) } // short commands
+
+func (w *waiting) Close() error {
+	defer w.notify()
+	return w.Conn.Close()
+}
 
 // What libxl sends after a save whose QEMU died gets an answer, and cont is noticed when it has its answer.
 func TestLastMonitor(t *testing.T) {
@@ -17,19 +76,36 @@ func TestLastMonitor(t *testing.T) {
 	version.QEMU.Major = 10
 	last := newLastMonitor(version)
 	a := newAgent()
+	a.poller = newPoller(t)
 	a.last.Store(last)
 	ctx, cancel := context.WithTimeout(t.Context(), waitLimit)
 	defer cancel()
 	for _, command := range []string{"xen-set-global-dirty-log", "cont", "cont"} { // each in a session of its own
-		conn, err := a.dialMonitor(ctx, "/nonexistent")
+		conn, err := a.dialMonitor("/nonexistent")
 		if err != nil {
 			t.Fatal(err)
 		}
-		m := qmp.New(conn)
-		if err := m.ConnectContext(ctx); err != nil {
-			t.Fatal(err)
+		c := newWaiting(t, conn)
+		in, out := json.NewDecoder(c), json.NewEncoder(c)
+		// ask sends a command, if any, and gives what comes.
+		ask := func(command string) (answer struct {
+			QMP    struct{ Version qmp.Version }
+			Return *struct{}
+			Error  *qmp.Error
+			ID     int
+		}) {
+			t.Helper()
+			if command != "" {
+				if err := out.Encode(map[string]any{"execute": command, "id": 7}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := in.Decode(&answer); err != nil || answer.ID != 7 && command != "" {
+				t.Fatalf("%s: %+v, %v", command, answer, err)
+			}
+			return answer
 		}
-		if got := m.Version().QEMU.Major; got != 10 {
+		if got := ask("").QMP.Version.QEMU.Major; got != 10 {
 			t.Errorf("version %d", got)
 		}
 		select {
@@ -39,14 +115,15 @@ func TestLastMonitor(t *testing.T) {
 			}
 		default:
 		}
-		if _, err := m.Execute(ctx, command, nil); err != nil {
-			t.Errorf("%s: %v", command, err)
+		for _, command := range []string{"qmp_capabilities", command} {
+			if got := ask(command); got.Return == nil {
+				t.Errorf("%s: %+v", command, got)
+			}
 		}
-		var refused *qmp.Error
-		if _, err := m.Execute(ctx, "xen-save-devices-state", nil); !errors.As(err, &refused) || !strings.Contains(err.Error(), "QEMU has ended") {
-			t.Errorf("a save: %v", err)
+		if got := ask("xen-save-devices-state"); got.Error == nil || !strings.Contains(got.Error.Desc, "QEMU has ended") {
+			t.Errorf("a save: %+v", got)
 		}
-		m.Disconnect()
+		c.Close()
 	}
 	select {
 	case <-last.cont:
@@ -64,20 +141,21 @@ func TestDialDeadQEMU(t *testing.T) {
 		t.Fatal(err)
 	}
 	a := newAgent()
+	a.poller = newPoller(t)
 	a.monitor = qmp.New(nil)
 	a.stopped.Store(true)
-	conn, err := a.dialMonitor(t.Context(), path)
+	conn, err := a.dialMonitor(path)
 	if err != nil || a.last.Load() != nil {
 		t.Fatalf("QEMU lives: %v, answered for it: %v", err, a.last.Load() != nil)
 	}
 	conn.Close()
 	f.Close() // QEMU's copy
 	a.stopped.Store(false)
-	if conn, err := a.dialMonitor(t.Context(), path); conn != nil || !errors.Is(err, unix.ECONNREFUSED) {
+	if conn, err := a.dialMonitor(path); conn != nil || !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("the guest runs: %v, %v", conn, err)
 	}
 	a.stopped.Store(true)
-	conn, err = a.dialMonitor(t.Context(), path)
+	conn, err = a.dialMonitor(path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -85,7 +163,7 @@ func TestDialDeadQEMU(t *testing.T) {
 	if last := a.last.Load(); last == nil || a.answerForQEMU() != last {
 		t.Error("the agent would wait for another")
 	}
-	if conn, err := a.dialMonitor(t.Context(), path+"-other"); err != nil {
+	if conn, err := a.dialMonitor(path + "-other"); err != nil {
 		t.Errorf("the next session: %v", err)
 	} else {
 		conn.Close()

@@ -7,9 +7,7 @@
 package fdio
 
 import (
-	"context"
 	"io"
-	"net"
 	"syscall"
 	"time"
 	"unsafe"
@@ -34,21 +32,15 @@ func Read(conn syscall.RawConn, b []byte) (n int, err error) {
 }
 
 // Write writes all of b, waiting in Go's poller for room. Errors are as Read's.
-func Write(conn syscall.RawConn, b []byte) (int, error) { return write(conn, b, true) }
-
-// write with wait false writes what there is room for, perhaps nothing.
-func write(conn syscall.RawConn, b []byte, wait bool) (written int, err error) {
+func Write(conn syscall.RawConn, b []byte) (written int, err error) {
 	waitErr := conn.Write(func(fd uintptr) bool {
 		for {
 			var n int
 			n, err = call(unix.SYS_WRITE, fd, b[written:])
 			written += n
 			switch {
-			case err == unix.EAGAIN && wait:
-				return false
 			case err == unix.EAGAIN:
-				err = nil
-				return true
+				return false
 			case err != nil || written == len(b):
 				return true
 			}
@@ -59,6 +51,12 @@ func write(conn syscall.RawConn, b []byte, wait bool) (written int, err error) {
 	}
 	return written, err
 }
+
+// ReadNow reads once from a descriptor that does not block; unix.EAGAIN if there is nothing.
+func ReadNow(fd int, b []byte) (int, error) { return call(unix.SYS_READ, uintptr(fd), b) }
+
+// WriteNow writes once to a descriptor that does not block; unix.EAGAIN if there is no room.
+func WriteNow(fd int, b []byte) (int, error) { return call(unix.SYS_WRITE, uintptr(fd), b) }
 
 // call is read(2) or write(2) on a descriptor that is known not to block.
 func call(number, fd uintptr, b []byte) (int, error) {
@@ -78,55 +76,4 @@ func call(number, fd uintptr, b []byte) (int, error) {
 func Sleep(d time.Duration) {
 	ts := unix.NsecToTimespec(d.Nanoseconds())
 	_, _, _ = unix.RawSyscall(unix.SYS_NANOSLEEP, uintptr(unsafe.Pointer(&ts)), 0, 0)
-}
-
-// Conn is a stream socket that is read and written so.
-type Conn struct {
-	*net.UnixConn
-	raw syscall.RawConn
-}
-
-// DialUnix connects to the socket at path.
-func DialUnix(ctx context.Context, path string) (*Conn, error) {
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "unix", path)
-	if err != nil {
-		return nil, err
-	}
-	u := c.(*net.UnixConn)
-	raw, err := u.SyscallConn()
-	if err != nil {
-		u.Close()
-		return nil, err
-	}
-	return &Conn{UnixConn: u, raw: raw}, nil
-}
-
-// Read is net.Conn's.
-func (c *Conn) Read(b []byte) (int, error) {
-	n, err := Read(c.raw, b)
-	return n, c.opError("read", err)
-}
-
-// Write is net.Conn's.
-func (c *Conn) Write(b []byte) (int, error) {
-	n, err := write(c.raw, b, true)
-	return n, c.opError("write", err)
-}
-
-// TryWrite writes what there is room for, perhaps nothing.
-func (c *Conn) TryWrite(b []byte) (int, error) {
-	n, err := write(c.raw, b, false)
-	return n, c.opError("write", err)
-}
-
-// opError is the error that net gives: its own says raw-read and raw-write.
-func (c *Conn) opError(op string, err error) error {
-	if err == nil || err == io.EOF {
-		return err
-	}
-	if inner, ok := err.(*net.OpError); ok {
-		err = inner.Err
-	}
-	return &net.OpError{Op: op, Net: c.LocalAddr().Network(), Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: err}
 }

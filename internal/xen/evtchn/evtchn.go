@@ -11,6 +11,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/stubinit/stubinit/internal/fdio"
 )
 
 // Device is the kernel's event channel device.
@@ -47,8 +49,10 @@ type device interface {
 	SetReadDeadline(time.Time) error
 	Close() error
 	ioctl(req uint, args ...uint32) (int, error)
-	// readNow is Read past Go's poller.
+	// readNow is Read past Go's poller; syscall.EAGAIN if there is nothing.
 	readNow([]byte) (int, error)
+	// watch has p call ready as long as there is something to read, or an overflow.
+	watch(p *fdio.Poller, ready func()) error
 	// renew returns the same open file under a new descriptor, with a fresh
 	// registration in Go's poller. The old one is to be closed.
 	renew() (device, error)
@@ -60,6 +64,7 @@ type File struct {
 	waiting sync.Mutex // held by Wait; guards buf
 	buf     []byte     // ports that were read and not yet returned
 	space   [256]byte  // of buf
+	taken   []uint32   // Take's
 
 	mu          sync.Mutex
 	dev         device
@@ -171,6 +176,58 @@ func (f *File) Wait() (uint32, error) {
 	}
 }
 
+// Watch has p call ready when events have come, for Take. Nobody calls Wait then.
+func (f *File) Watch(p *fdio.Poller, ready func()) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	err := error(fs.ErrClosed)
+	if !f.closed {
+		err = f.dev.watch(p, ready)
+	}
+	if err != nil {
+		return &Error{Op: "watch", Err: bare(err)}
+	}
+	return nil
+}
+
+// Take takes events that have come and unmasks their ports, as Wait does, but never waits. It says whether there was one.
+// After an error that is ErrOverflow the caller should look at every channel and may go on.
+func (f *File) Take() (bool, error) {
+	f.waiting.Lock()
+	defer f.waiting.Unlock()
+	dev, n, err := f.readNow()
+	switch {
+	case err == nil:
+		err = f.keep(n)
+	case errors.Is(err, syscall.EAGAIN):
+		return false, nil
+	case errors.Is(err, syscall.EFBIG):
+		err = f.resetRing(dev)
+	}
+	if err != nil {
+		return false, &Error{Op: "take events", Err: bare(err)}
+	}
+	ports := f.taken[:0]
+	for port, ok := f.next(); ok; port, ok = f.next() {
+		ports = append(ports, port)
+	}
+	if f.taken = ports; len(ports) == 0 {
+		return false, nil
+	}
+	return true, f.unmask(ports...)
+}
+
+// readNow reads ports into space, if there are any.
+func (f *File) readNow() (dev device, n int, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return nil, 0, fs.ErrClosed
+	}
+	n, err = f.dev.readNow(f.space[:])
+	return f.dev, n, err
+}
+
 // Interrupt ends Wait for good: it fails with an error that is fs.ErrClosed. All
 // else goes on working.
 func (f *File) Interrupt() {
@@ -232,7 +289,7 @@ func (f *File) fill() error {
 	}
 	// An overflow makes poll report POLLERR alone, which Go's poller turns into
 	// an error of its own without reading: ask the device.
-	n, direct := dev.readNow(f.space[:])
+	_, n, direct := f.readNow()
 	switch {
 	case direct == nil:
 		return f.keep(n)

@@ -15,6 +15,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+
+	"github.com/stubinit/stubinit/internal/fdio"
 )
 
 // fakeDevice is a socket in place of the device, so that waiting is Go's
@@ -318,6 +320,71 @@ func TestOverflow(t *testing.T) {
 	}
 }
 
+// Take gives what there is, and Watch says when.
+func TestTake(t *testing.T) {
+	f, dev, xen := open(t, 3, 7)
+	p, err := fdio.NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	called := 0
+	if err := f.Watch(p, func() { called++ }); err != nil {
+		t.Fatal(err)
+	}
+	take := func(want bool) {
+		t.Helper()
+		if came, err := f.Take(); came != want || err != nil {
+			t.Errorf("Take: %v, %v, want %v", came, err, want)
+		}
+	}
+	take(false)
+	for range 2 {
+		send(t, xen, ports(7, 9, 3)) // 9 is not bound any more
+		called = 0
+		for called == 0 {
+			limit := time.AfterFunc(10*time.Second, p.Interrupt)
+			if err := p.Wait(); err != nil {
+				t.Fatal(err)
+			}
+			limit.Stop()
+		}
+		take(true)
+		if diff := cmp.Diff(ports(7, 3), unmasked(t, xen)); diff != "" {
+			t.Error(diff)
+		}
+		take(false)
+	}
+	send(t, xen, ports(9))
+	take(false)
+	send(t, xen, []byte{1, 2, 3})
+	if _, err := f.Take(); err == nil || err.Error() != "/dev/xen/evtchn: take events: read gave 3 bytes, not a number of ports" {
+		t.Errorf("half a port: %v", err)
+	}
+
+	dev.nowErr = syscall.EFBIG
+	if _, err := f.Take(); !errors.Is(err, ErrOverflow) {
+		t.Errorf("overflow: %v", err)
+	}
+	if diff := cmp.Diff(ports(3, 7), unmasked(t, xen)); diff != "" {
+		t.Error("all bound ports are unmasked:", diff)
+	}
+	send(t, xen, ports(3)) // it goes on, under the new descriptor and the old watch
+	called = 0
+	if err := p.Wait(); err != nil || called == 0 {
+		t.Errorf("after an overflow: called %d times, %v", called, err)
+	}
+	take(true)
+
+	f.Close()
+	if _, err := f.Take(); !errors.Is(err, fs.ErrClosed) {
+		t.Errorf("Take after Close: %v", err)
+	}
+	if err := f.Watch(p, func() {}); !errors.Is(err, fs.ErrClosed) {
+		t.Errorf("Watch after Close: %v", err)
+	}
+}
+
 // The system calls themselves, on descriptors that are no event channels.
 func TestKernelDevice(t *testing.T) {
 	if _, err := Open(); err != nil && (!errors.Is(err, fs.ErrNotExist) || !strings.HasPrefix(err.Error(), "/dev/xen/evtchn: open: ")) {
@@ -346,9 +413,6 @@ func TestKernelDevice(t *testing.T) {
 	dev.Close()
 	if _, err := dev.renew(); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("renew after Close: %v", err)
-	}
-	if _, err := dev.ioctl(ioctlReset); !errors.Is(err, os.ErrClosed) {
-		t.Errorf("ioctl after Close: %v", err)
 	}
 	// The renewed descriptor is in Go's poller: a deadline ends its Read.
 	if err := again.SetReadDeadline(time.Now().Add(time.Millisecond)); err != nil {

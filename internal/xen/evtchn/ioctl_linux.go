@@ -15,6 +15,7 @@ import (
 type kernelDevice struct {
 	*os.File
 	conn syscall.RawConn
+	fd   uintptr // of calls that File makes with its lock held, by which it also closes
 }
 
 func openDevice(path string) (device, error) {
@@ -32,7 +33,12 @@ func newDevice(f *os.File) (*kernelDevice, error) {
 		f.Close()
 		return nil, err
 	}
-	return &kernelDevice{File: f, conn: conn}, nil
+	d := &kernelDevice{File: f, conn: conn}
+	_, err = d.control(func(fd uintptr) (int, error) {
+		d.fd = fd
+		return 0, nil
+	})
+	return d, err
 }
 
 // control runs call on the descriptor and returns what it returned.
@@ -45,21 +51,27 @@ func (d *kernelDevice) control(call func(fd uintptr) (int, error)) (n int, err e
 
 func (d *kernelDevice) Read(b []byte) (int, error) { return fdio.Read(d.conn, b) }
 
-func (d *kernelDevice) Write(b []byte) (int, error) { return fdio.Write(d.conn, b) }
+// Write never waits: the kernel takes what it is given.
+func (d *kernelDevice) Write(b []byte) (int, error) { return fdio.WriteNow(int(d.fd), b) }
 
 // ioctl is one that does not block: none of this device's does.
 func (d *kernelDevice) ioctl(req uint, args ...uint32) (int, error) {
-	return d.control(func(fd uintptr) (int, error) {
-		n, _, errno := unix.RawSyscall(unix.SYS_IOCTL, fd, uintptr(req), uintptr(unsafe.Pointer(unsafe.SliceData(args))))
-		if errno != 0 {
-			return 0, errno
-		}
-		return int(n), nil
-	})
+	n, _, errno := unix.RawSyscall(unix.SYS_IOCTL, d.fd, uintptr(req), uintptr(unsafe.Pointer(unsafe.SliceData(args))))
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), nil
 }
 
-func (d *kernelDevice) readNow(b []byte) (int, error) {
-	return d.control(func(fd uintptr) (int, error) { return unix.Read(int(fd), b) })
+func (d *kernelDevice) readNow(b []byte) (int, error) { return fdio.ReadNow(int(d.fd), b) }
+
+// watch stays for renew's descriptors too: what is watched is the open file.
+func (d *kernelDevice) watch(p *fdio.Poller, ready func()) error {
+	_, err := d.control(func(fd uintptr) (int, error) {
+		_, err := p.Watch(int(fd), ready)
+		return 0, err
+	})
+	return err
 }
 
 func (d *kernelDevice) renew() (device, error) {

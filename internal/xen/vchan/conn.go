@@ -35,6 +35,8 @@ type Conn struct {
 	reason error     // of the end, nil if the client just left
 	broken error     // what made the session unfit to go on
 	closed bool      // by Close
+	notify func()    // of Notify
+	news   bool      // notify is to be called
 }
 
 // half is what Read and Write wait on.
@@ -60,8 +62,18 @@ func (c *Conn) begin(sealed bool) {
 }
 
 func (c *Conn) broadcast() {
-	c.rd.cond.Broadcast()
-	c.wr.cond.Broadcast()
+	c.proceed(&c.rd)
+	c.proceed(&c.wr)
+}
+
+// proceed lets whoever waits on h try again.
+func (c *Conn) proceed(h *half) {
+	h.cond.Broadcast()
+	h.waiting = false
+	if c.notify != nil && !c.news {
+		c.news = true
+		c.l.news = append(c.l.news, c)
+	}
 }
 
 // wake lets Read and Write go on if there is something for them. If not, the
@@ -76,7 +88,7 @@ func (c *Conn) wake() {
 			n, err = c.e.left.unread()
 		}
 		if n > 0 || err != nil {
-			c.rd.cond.Broadcast()
+			c.proceed(&c.rd)
 		}
 	}
 	if c.wr.waiting {
@@ -86,7 +98,7 @@ func (c *Conn) wake() {
 			n, err = c.e.right.untaken()
 		}
 		if n < c.e.right.size() || err != nil {
-			c.wr.cond.Broadcast()
+			c.proceed(&c.wr)
 		}
 	}
 }
@@ -130,12 +142,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 	for {
 		n, err := c.tryRead(p)
 		if n > 0 || err != nil || len(p) == 0 {
-			broken := c.broken != nil && c.e != nil
-			c.l.mu.Unlock()
-			if broken {
-				c.l.scan()
-			}
-			return n, c.opError("read", err)
+			return n, c.unlock("read", err)
 		}
 		if !asked && c.begun && c.e != nil {
 			c.e.page.request(notifyWrite)
@@ -145,6 +152,44 @@ func (c *Conn) Read(p []byte) (int, error) {
 		c.rd.wait()
 		asked = false
 	}
+}
+
+// TryRead reads what there is: 0 bytes and no error if that is nothing yet.
+// Notify's function is called when there is more.
+func (c *Conn) TryRead(p []byte) (int, error) {
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	c.l.mu.Lock()
+	n, err := c.tryRead(p)
+	if n == 0 && err == nil && len(p) > 0 {
+		if c.begun && c.e != nil {
+			c.e.page.request(notifyWrite)
+			n, err = c.tryRead(p)
+		}
+		c.rd.waiting = n == 0 && err == nil
+	}
+	return n, c.unlock("read", err)
+}
+
+// unlock ends an operation that holds c.l.mu, and the session if that found it
+// broken. It gives the operation's error.
+func (c *Conn) unlock(op string, err error) error {
+	broken := c.broken != nil && c.e != nil
+	c.l.mu.Unlock()
+	if broken {
+		c.l.scan()
+	}
+	return c.opError(op, err)
+}
+
+// Notify has f called whenever a TryRead or TryWrite that came short would do
+// more, and at the session's end. f may be called by any goroutine, with no lock
+// held, and without need.
+func (c *Conn) Notify(f func()) error {
+	c.l.mu.Lock()
+	defer c.l.mu.Unlock()
+	c.notify = f
+	return nil
 }
 
 // tryRead is Read without waiting: 0 bytes and no error mean that there is
@@ -251,7 +296,8 @@ func (c *Conn) restart() {
 // Write writes all of p, waiting for the client to make room.
 func (c *Conn) Write(p []byte) (int, error) { return c.write(p, true) }
 
-// TryWrite writes what there is room for, perhaps nothing.
+// TryWrite writes what there is room for, perhaps nothing. Notify's function is
+// called when there is more.
 func (c *Conn) TryWrite(p []byte) (int, error) { return c.write(p, false) }
 
 func (c *Conn) write(p []byte, wait bool) (int, error) {
@@ -262,13 +308,8 @@ func (c *Conn) write(p []byte, wait bool) (int, error) {
 	for {
 		n, err := c.tryWrite(p[total:])
 		total += n
-		if err != nil || total == len(p) || n == 0 && !wait {
-			broken := c.broken != nil && c.e != nil
-			c.l.mu.Unlock()
-			if broken {
-				c.l.scan()
-			}
-			return total, c.opError("write", err)
+		if err != nil || total == len(p) {
+			return total, c.unlock("write", err)
 		}
 		if n > 0 {
 			asked = false
@@ -278,6 +319,10 @@ func (c *Conn) write(p []byte, wait bool) (int, error) {
 			c.e.page.request(notifyRead)
 			asked = true
 			continue
+		}
+		if !wait {
+			c.wr.waiting = true
+			return total, c.unlock("write", nil)
 		}
 		c.wr.wait()
 		asked = false

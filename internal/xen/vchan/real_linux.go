@@ -8,6 +8,7 @@ import (
 	"net"
 	"strconv"
 
+	"github.com/stubinit/stubinit/internal/fdio"
 	"github.com/stubinit/stubinit/internal/xen/evtchn"
 	"github.com/stubinit/stubinit/internal/xen/gntalloc"
 	"github.com/stubinit/stubinit/internal/xen/xenstore"
@@ -23,6 +24,9 @@ type Config struct {
 	Path string
 	// Store is used for publishing; the caller closes it, after the Listener.
 	Store *xenstore.Client
+	// Poller is what the Listener waits in: whatever else it watches is called
+	// between events. The caller closes it, after the Listener.
+	Poller *fdio.Poller
 	Options
 }
 
@@ -41,6 +45,7 @@ type xen struct {
 	cfg    Config
 	self   uint16
 	events *evtchn.File
+	ready  bool // there are events to take
 	// published says that both nodes are there, with their permissions.
 	published bool
 }
@@ -58,23 +63,35 @@ func openXen(ctx context.Context, cfg Config) (*xen, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &xen{cfg: cfg, self: uint16(self), events: events}, nil
+	x := &xen{cfg: cfg, self: uint16(self), events: events}
+	if err := events.Watch(cfg.Poller, func() { x.ready = true }); err != nil {
+		return nil, errors.Join(err, events.Close())
+	}
+	return x, nil
 }
 
 func (x *xen) Bind() (uint32, error)    { return x.events.BindUnbound(x.cfg.Client) }
 func (x *xen) Unbind(port uint32) error { return x.events.Unbind(port) }
 func (x *xen) Notify(port uint32) error { return x.events.Notify(port) }
-func (x *xen) Interrupt()               { x.events.Interrupt() }
+func (x *xen) Interrupt()               { x.cfg.Poller.Interrupt() }
 
 func (x *xen) Wait() error {
-	_, err := x.events.Wait()
-	switch {
-	case errors.Is(err, fs.ErrClosed):
-		return net.ErrClosed
-	case errors.Is(err, evtchn.ErrOverflow):
-		return nil // an event may be lost, so look as if there had been one
+	for {
+		err := x.cfg.Poller.Wait()
+		came := false
+		if err == nil && x.ready {
+			x.ready = false
+			came, err = x.events.Take()
+		}
+		switch {
+		case errors.Is(err, fs.ErrClosed):
+			return net.ErrClosed
+		case errors.Is(err, evtchn.ErrOverflow):
+			return nil // an event may be lost, so look as if there had been one
+		case err != nil || came:
+			return err
+		}
 	}
-	return err
 }
 
 func (x *xen) Share(pages, live int, port uint32) (Memory, error) {

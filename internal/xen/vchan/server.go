@@ -121,8 +121,10 @@ type Listener struct {
 	conn *Conn
 	// pending is a session that Accept has not returned yet.
 	pending *Conn
-	err     error // why there will be no more sessions
-	trace   func(op string, v uint32)
+	// news are the sessions whose Notify is to be called, once mu is free.
+	news  []*Conn
+	err   error // why there will be no more sessions
+	trace func(op string, v uint32)
 }
 
 // Addr is the address of both ends: the xenstore path.
@@ -179,7 +181,8 @@ func (l *Listener) opError(op string, err error) error {
 	return &net.OpError{Op: op, Net: "vchan", Addr: l.addr, Err: err}
 }
 
-// run waits for events until Close.
+// run waits for events until Close. Sessions that are told of news by Notify do their
+// work here, too.
 func (l *Listener) run() {
 	defer close(l.done)
 	for {
@@ -189,6 +192,7 @@ func (l *Listener) run() {
 			l.fail(err)
 			l.mu.Unlock()
 			l.scanning.Unlock()
+			l.tell()
 			return
 		}
 		l.scan()
@@ -208,8 +212,30 @@ func (l *Listener) fail(err error) {
 	l.ready.Broadcast()
 }
 
+// tell calls the Notify of sessions that have something new. No lock is held.
+func (l *Listener) tell() {
+	for {
+		l.mu.Lock()
+		if len(l.news) == 0 {
+			l.mu.Unlock()
+			return
+		}
+		c := l.news[0]
+		l.news = slices.Delete(l.news, 0, 1)
+		c.news = false
+		notify := c.notify
+		l.mu.Unlock()
+		notify()
+	}
+}
+
 // scan looks at everything that a client can have done since the last look.
 func (l *Listener) scan() {
+	l.scanLocked()
+	l.tell()
+}
+
+func (l *Listener) scanLocked() {
 	l.scanning.Lock()
 	defer l.scanning.Unlock()
 	l.mu.Lock()
@@ -444,6 +470,7 @@ func (l *Listener) Close() error {
 		l.t.Interrupt()
 		<-l.done
 		l.closed = l.shutDown()
+		l.tell()
 	})
 	return l.closed
 }

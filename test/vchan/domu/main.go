@@ -21,6 +21,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/stubinit/stubinit/internal/fdio"
 	"github.com/stubinit/stubinit/internal/modules"
 	xenvchan "github.com/stubinit/stubinit/internal/xen/vchan"
 	"github.com/stubinit/stubinit/internal/xen/xenstore"
@@ -278,10 +279,15 @@ func serve(ctx context.Context, name string) error {
 		return err
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})).With("service", name)
+	poller, err := fdio.NewPoller()
+	if err != nil {
+		return err
+	}
 	ln, err := xenvchan.Listen(ctx, xenvchan.Config{
 		Client: 0,
 		Path:   "data/" + name,
 		Store:  xs,
+		Poller: poller,
 		Options: xenvchan.Options{
 			LeftOrder: s.Left, RightOrder: s.Right, Marker: s.Kind == vchan.Bridge, Log: log,
 		},
@@ -289,17 +295,16 @@ func serve(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	dial := func(ctx context.Context) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, "unix", s.Socket)
-	}
 	switch s.Kind {
 	case vchan.Bridge:
-		return qmpbridge.Serve(ctx, ln, qmpbridge.Options{Dial: dial, Log: log})
+		return qmpbridge.Serve(ctx, ln, qmpbridge.Options{
+			Dial: func(context.Context) (qmpbridge.Monitor, error) { return fdio.DialUnix(poller, s.Socket) },
+			Log:  log,
+		})
 	case vchan.Echo:
 		return each(ln, func(c net.Conn) { _, _ = io.Copy(c, c) })
 	case vchan.Pipe:
-		return each(ln, func(c net.Conn) { pipe(ctx, c, dial) })
+		return each(ln, func(c net.Conn) { pipe(c, s.Socket) })
 	}
 	return fmt.Errorf("%s is not one of ours", name)
 }
@@ -317,8 +322,8 @@ func each(ln net.Listener, session func(net.Conn)) error {
 }
 
 // pipe connects a session with the server behind.
-func pipe(ctx context.Context, c net.Conn, dial func(context.Context) (net.Conn, error)) {
-	back, err := dial(ctx)
+func pipe(c net.Conn, socket string) {
+	back, err := net.Dial("unix", socket)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "domu: pipe:", err)
 		return
