@@ -32,6 +32,14 @@ const (
 	vchanDomain = "vchan"
 )
 
+// lostRounds is how often the reference is asked for what it mostly fails at.
+func lostRounds() int {
+	if *soak || *vchanTable != "" {
+		return 50
+	}
+	return 10
+}
+
 // The server side of vchan against libxenvchan, the toolstack's own: a client in dom0, and a domain that serves.
 func TestVchan(t *testing.T) {
 	ctx := limit(t, 8*time.Minute)
@@ -84,7 +92,11 @@ func TestVchan(t *testing.T) {
 			ours := d.sessions(t, ctx, "sessions", "qmp", apart.n, apart.delay, apart.limit)
 			ours.checkAll(t)
 			d.request(t, ctx, vchan.RequestRestart)
-			reference := d.sessions(t, ctx, "sessions", "qmp-reference", min(apart.n, 300), apart.delay, apart.limit)
+			rounds := min(apart.n, 300)
+			if apart.delay == 0 {
+				rounds = lostRounds() // nearly all are lost, each for a second
+			}
+			reference := d.sessions(t, ctx, "sessions", "qmp-reference", rounds, apart.delay, apart.limit)
 			t.Logf("reconnects 0 to %v apart, survived: ours %d of %d, vchan-socket-proxy --mode=server %d of %d (ended %s times by itself; first: %s)",
 				apart.delay, ours.OK, ours.Rounds, reference.OK, reference.Rounds, d.exits(t, ctx), reference.First)
 		}
@@ -359,7 +371,7 @@ func (d *vchanTarget) speed(t *testing.T, ctx context.Context) {
 		fresh()
 		m.apart = d.sessions(t, ctx, "sessions", "qmp"+suffix, 50*rounds, 5*time.Millisecond, time.Second)
 		fresh()
-		m.atOnce = d.sessions(t, ctx, "sessions", "qmp"+suffix, 50, 0, time.Second)
+		m.atOnce = d.sessions(t, ctx, "sessions", "qmp"+suffix, lostRounds(), 0, time.Second)
 		fresh()
 		d.client(t, ctx, &m.answer, "answer", "qmp"+suffix, "-n", strconv.Itoa(5*rounds), "-c", vchan.CommandLarge, "-t", "60000")
 		fresh()
@@ -382,12 +394,12 @@ func (d *vchanTarget) speed(t *testing.T, ctx context.Context) {
 		// goal is the project's, least what must not be lost again: ratios, above 1 is ahead.
 		goal, least float64
 	}{
-		{"round trip of query-status, median, ms", ms(ours.roundtrip.Median), ms(reference.roundtrip.Median), 1, 0.5},
+		{"round trip of query-status, median, ms", ms(ours.roundtrip.Median), ms(reference.roundtrip.Median), 1, 0.8},
 		{"round trip of query-status, p99, ms", ms(ours.roundtrip.P99), ms(reference.roundtrip.P99), 1, 0.4},
 		{"a session that went well, 0 to 5 ms after the last, median, ms", ms(ours.apart.Median), ms(reference.apart.Median), 1, 0.3},
 		{"good sessions a second, each at once after the last; a lost one costs 1 s", perSecond(ours.atOnce), perSecond(reference.atOnce), 1, 1},
-		{"answer of 900 KiB, MB/s", mb(ours.answer), mb(reference.answer), 2, 0.7},
-		{"echo of 16 MiB, MB/s", mb(ours.echo), mb(reference.echo), 2, 2},
+		{"answer of 900 KiB, MB/s", mb(ours.answer), mb(reference.answer), 2, 1.5},
+		{"echo of 16 MiB, MB/s", mb(ours.echo), mb(reference.echo), 2, 3},
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "| | ours | vchan-socket-proxy | ratio | goal |\n| --- | ---: | ---: | ---: | ---: |\n")
