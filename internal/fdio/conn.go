@@ -30,27 +30,41 @@ type Conn struct {
 
 // DialUnix connects to the socket at path, whose server need not have accepted yet.
 func DialUnix(p *Poller, path string) (*Conn, error) {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	fd, err := result(unix.RawSyscall(unix.SYS_SOCKET, unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0))
 	if err != nil {
 		return nil, os.NewSyscallError("socket", err)
 	}
-	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: path}); err != nil {
-		unix.Close(fd)
+	if err := connect(fd, path); err != nil {
+		Close(fd)
 		return nil, &net.OpError{Op: "dial", Net: "unix", Addr: address(path), Err: os.NewSyscallError("connect", err)}
 	}
 	return NewConn(p, fd, path)
 }
 
+// connect is connect(2) of a socket that does not block.
+func connect(fd int, path string) error {
+	to := unix.RawSockaddrUnix{Family: unix.AF_UNIX}
+	if len(path) >= len(to.Path) {
+		return unix.EINVAL
+	}
+	for i, c := range []byte(path) {
+		to.Path[i] = int8(c)
+	}
+	_, err := result(unix.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&to)), unsafe.Sizeof(to)))
+	return err
+}
+
 // NewConn takes over a connected socket. name is for messages.
 func NewConn(p *Poller, fd int, name string) (*Conn, error) {
 	// It blocks, for expected reads. All other calls say that they do not.
-	_, err := unix.FcntlInt(uintptr(fd), unix.F_SETFL, 0)
+	_, err := result(unix.RawSyscall(unix.SYS_FCNTL, uintptr(fd), unix.F_SETFL, 0))
 	if err == nil {
 		limit := unix.NsecToTimeval(expectLimit.Nanoseconds())
-		err = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit)
+		_, err = result(unix.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_RCVTIMEO,
+			uintptr(unsafe.Pointer(&limit)), unsafe.Sizeof(limit), 0))
 	}
 	if err != nil {
-		unix.Close(fd)
+		Close(fd)
 		return nil, &net.OpError{Op: "dial", Net: "unix", Addr: address(name), Err: err}
 	}
 	return &Conn{p: p, fd: fd, name: name}, nil
@@ -154,11 +168,8 @@ func (c *Conn) Linger() { c.p.Linger() }
 
 // call is recvfrom(2) or sendto(2).
 func (c *Conn) call(number uintptr, b []byte, flags int) (int, error) {
-	n, _, errno := unix.RawSyscall6(number, uintptr(c.fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), uintptr(flags), 0, 0)
-	if errno != 0 {
-		return 0, errno
-	}
-	return int(n), nil
+	n, err := result(unix.RawSyscall6(number, uintptr(c.fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), uintptr(flags), 0, 0))
+	return max(n, 0), err
 }
 
 // Close ends the connection. f of Notify may be called once more.
@@ -171,7 +182,7 @@ func (c *Conn) Close() error {
 	c.unwatch()
 	fd := c.fd
 	c.fd = -1
-	return os.NewSyscallError("close", unix.Close(fd))
+	return os.NewSyscallError("close", Close(fd))
 }
 
 func (c *Conn) unwatch() {

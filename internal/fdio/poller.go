@@ -103,7 +103,8 @@ func (w *Watch) forget() {
 func (w *Watch) control(op int, events uint32) error {
 	var err error
 	ctlErr := w.p.conn.Control(func(fd uintptr) {
-		err = unix.EpollCtl(int(fd), op, w.fd, &unix.EpollEvent{Events: events, Fd: w.id})
+		event := unix.EpollEvent{Events: events, Fd: w.id}
+		_, err = result(unix.RawSyscall6(unix.SYS_EPOLL_CTL, fd, uintptr(op), uintptr(w.fd), uintptr(unsafe.Pointer(&event)), 0, 0))
 	})
 	if ctlErr != nil {
 		return fs.ErrClosed
@@ -150,15 +151,12 @@ func (p *Poller) Wait() error {
 
 // wait is epoll_pwait(2), which a signal may end early; then nothing is ready. It keeps the processor from other goroutines.
 func (p *Poller) wait(limit time.Duration) (int, error) {
-	n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, p.fd, uintptr(unsafe.Pointer(&p.events)), uintptr(len(p.events)),
-		uintptr(limit.Milliseconds()), 0, 0)
-	switch errno {
-	case 0:
-		return int(n), nil
-	case unix.EINTR:
-		return 0, nil
+	n, err := result(unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, p.fd, uintptr(unsafe.Pointer(&p.events)), uintptr(len(p.events)),
+		uintptr(limit.Milliseconds()), 0, 0))
+	if err == unix.EINTR {
+		err = nil
 	}
-	return 0, errno
+	return max(n, 0), err
 }
 
 // Interrupt ends Wait for good.

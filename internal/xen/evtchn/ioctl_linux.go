@@ -56,11 +56,7 @@ func (d *kernelDevice) Write(b []byte) (int, error) { return fdio.WriteNow(int(d
 
 // ioctl is one that does not block: none of this device's does.
 func (d *kernelDevice) ioctl(req uint, args ...uint32) (int, error) {
-	n, _, errno := unix.RawSyscall(unix.SYS_IOCTL, d.fd, uintptr(req), uintptr(unsafe.Pointer(unsafe.SliceData(args))))
-	if errno != 0 {
-		return 0, errno
-	}
-	return int(n), nil
+	return fdio.Ioctl(int(d.fd), req, unsafe.Pointer(unsafe.SliceData(args)))
 }
 
 func (d *kernelDevice) readNow(b []byte) (int, error) { return fdio.ReadNow(int(d.fd), b) }
