@@ -19,11 +19,14 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -54,6 +57,12 @@ type Keeper struct {
 	// given is, by devid, the incarnation that QEMU has been given. Entries stay when the vbd goes: its nodes and its disk come and go
 	// at different times, and a set that libxl has removed must not come back in between.
 	given map[int]string
+	// plain are the vbds that are known to be no removable disks, so that each look does not ask for all of them again.
+	plain map[int]bool
+	// attached is, by devid, since when there is a vbd that QEMU has not been given.
+	attached map[int]time.Time
+	// followed are the backends of which Run follows the "online" node.
+	followed map[string]bool
 }
 
 // A Set is an fdset for QEMU's command line.
@@ -85,6 +94,9 @@ func (k *Keeper) Initial(ctx context.Context) ([]Set, error) {
 			continue
 		}
 		k.keep(devid, incarnation)
+		if incarnation == empty {
+			k.warnEmpty(devid)
+		}
 		sets = append(sets, Set{Opaque(devid), f})
 	}
 	return sets, nil
@@ -122,6 +134,10 @@ func (k *Keeper) Run(ctx context.Context, qmp Monitor) error {
 			}
 		}
 	}
+	k.attached = make(map[int]time.Time)
+	k.followed = make(map[string]bool)
+	var followers sync.WaitGroup
+	defer followers.Wait()
 	go source(func() (bool, error) {
 		_, err := watch.Next(ctx)
 		return true, err
@@ -142,25 +158,97 @@ func (k *Keeper) Run(ctx context.Context, qmp Monitor) error {
 		case err := <-failed:
 			return err
 		case <-look:
-			k.sync(ctx, qmp)
+			for devid, backend := range k.sync(ctx, qmp) {
+				followers.Go(func() { k.follow(ctx, devid, backend) })
+			}
 		}
 	}
 }
 
-// sync brings QEMU's fdsets up to date with the disks.
-func (k *Keeper) sync(ctx context.Context, qmp Monitor) {
+// sync brings QEMU's fdsets up to date with the disks. It returns, by devid, the backends that are to be followed from now on.
+func (k *Keeper) sync(ctx context.Context, qmp Monitor) (backends map[int]string) {
 	start := time.Now()
 	devids, err := k.removable(ctx)
 	if err != nil {
 		k.Log.Warn("cannot list removable disks", "err", err)
-		return
+		return nil
 	}
+	absent := func(devid int) bool { return !slices.Contains(devids, devid) }
+	maps.DeleteFunc(k.attached, func(devid int, _ time.Time) bool { return absent(devid) })
+	// An empty drive has no disk that could outlive its nodes.
+	maps.DeleteFunc(k.given, func(devid int, incarnation string) bool { return incarnation == empty && absent(devid) })
+	backends = make(map[int]string)
 	for _, devid := range devids {
+		if _, ok := k.attached[devid]; !ok {
+			k.attached[devid] = start
+		}
 		if err := k.give(ctx, qmp, devid, start); err != nil && ctx.Err() == nil {
 			k.Log.Error("no fdset for removable disk: xl cd-insert of it will time out", "devid", devid, "err", err)
 		}
+		if backend := k.backend(ctx, devid); backend != "" && !k.followed[backend] {
+			k.followed[backend], backends[devid] = true, backend
+		}
+	}
+	return backends
+}
+
+// nodes is where a vbd's frontend has its nodes.
+func nodes(devid int) string { return "device/vbd/" + strconv.Itoa(devid) }
+
+// follow removes the nodes of a vbd as soon as libxl wants it gone, until ctx ends or xenstore fails.
+func (k *Keeper) follow(ctx context.Context, devid int, backend string) {
+	err := k.followOnline(ctx, devid, backend)
+	if ctx.Err() == nil {
+		k.Log.Warn("xl cd-insert may time out: detaches are not followed any more", "devid", devid, "err", err)
 	}
 }
+
+func (k *Keeper) followOnline(ctx context.Context, devid int, backend string) error {
+	watch, err := k.Store.Watch(ctx, backend+"/online")
+	if err != nil {
+		return err
+	}
+	defer watch.Close()
+	for {
+		if _, err := watch.Next(ctx); err != nil {
+			return err
+		}
+		if err := k.dropDetached(ctx, devid, backend); err != nil {
+			return err
+		}
+	}
+}
+
+// dropDetached removes the nodes of a vbd that libxl is detaching. libxl removes them itself when the backend has closed, and puts those
+// of the next disk there within milliseconds. A kernel that looks only after that sees nodes that exist, keeps the
+// old device, which is closed, and the new disk never comes (xenbus_dev_changed in drivers/xen/xenbus/xenbus_probe.c; Linux has it right from
+// "xen/xenbus: better handle backend crash" on, February 2026). Removed here, they are missing for the whole of the backend's
+// closing: to it, no frontend is one that has closed, for xen-blkback as for QEMU (xen_block_frontend_changed in hw/block/xen-block.c). It
+// knows already that it is not online any more, since libxl writes that first.
+//
+// The look and the removal are one transaction, so that it is never the next disk's nodes that go.
+func (k *Keeper) dropDetached(ctx context.Context, devid int, backend string) error {
+	err := k.Store.Update(ctx, func(tx *xenstore.Tx) error {
+		online, err := tx.Read(ctx, backend+"/online")
+		if err != nil {
+			return err
+		}
+		if online != "0" {
+			return errOnline
+		}
+		return tx.Remove(ctx, nodes(devid))
+	})
+	switch {
+	case err == nil:
+		k.Log.Debug("removable disk is being detached: its nodes are gone", "devid", devid)
+	case errors.Is(err, errOnline), errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrPermission): // the backend's nodes are gone, or their parent's
+	default:
+		return err
+	}
+	return nil
+}
+
+var errOnline = errors.New("the toolstack wants the backend online")
 
 // give makes the fdset of one disk, unless QEMU had this incarnation already. start is when its event came.
 func (k *Keeper) give(ctx context.Context, qmp Monitor, devid int, start time.Time) error {
@@ -170,6 +258,7 @@ func (k *Keeper) give(ctx context.Context, qmp Monitor, devid int, start time.Ti
 	}
 	incarnation, err := k.present(ctx, devid, name)
 	if err == nil && k.given[devid] == incarnation {
+		delete(k.attached, devid)
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, requestLimit)
@@ -189,16 +278,25 @@ func (k *Keeper) give(ctx context.Context, qmp Monitor, devid int, start time.Ti
 		return err
 	}
 	k.keep(devid, incarnation)
-	k.Log.Info("fdset for removable disk", "devid", devid, "disk", name, "took", time.Since(start))
+	k.Log.Info("fdset for removable disk", "devid", devid, "disk", name, "took", time.Since(start), "since_attach", time.Since(k.attached[devid]))
+	delete(k.attached, devid)
 	if incarnation == empty {
-		k.Log.Warn("drive is empty: QEMU in dom0, from 6.1 on, has no disk for it, and libxl can then put no medium in; "+
-			"an image of no length is an empty drive that works", "devid", devid)
+		k.warnEmpty(devid)
 	}
 	if k.Log.Enabled(ctx, slog.LevelDebug) {
 		heap, descriptors := usage()
-		k.Log.Debug("stubinit uses", "heap_kib", heap, "descriptors", descriptors)
+		k.Log.Debug("stubinit uses", "heap_kib", heap, "descriptors", descriptors, "all_descriptors", allDescriptors())
 	}
 	return nil
+}
+
+// warnEmpty tells that the drive stays empty. libxl detaches the empty disk before it attaches a medium (libxl_device.c,
+// libxl__initiate_device_generic_remove): it sets the backend's state to Closing and waits 10 s for Closed, which nobody writes for a disk that
+// QEMU in dom0 has not made. Were it written by hand, that QEMU would still make no disk of the next one: a
+// backend that it failed to make counts as made (hw/xen/xen-backend.c, xen_backend_device_create).
+func (k *Keeper) warnEmpty(devid int) {
+	k.Log.Warn("drive is empty and stays so: QEMU in dom0, from 6.1 on, has no disk for it, and libxl can then put no medium in; "+
+		"an image of no length is an empty drive that works", "devid", devid)
 }
 
 // usage is what this process holds: that a change of media leaves nothing behind shows from one to the next.
@@ -210,6 +308,12 @@ func usage() (heapKiB uint64, descriptors int) {
 		descriptors = len(entries) - 1 // the one that read them
 	}
 	return m.HeapAlloc / 1024, descriptors
+}
+
+// allDescriptors counts those of every process here, which are ours and QEMU's.
+func allDescriptors() int {
+	paths, _ := filepath.Glob("/proc/[1-9]*/fd/*") // fails for a bad pattern only
+	return len(paths)
 }
 
 func (k *Keeper) keep(devid int, incarnation string) {
@@ -258,10 +362,15 @@ func (k *Keeper) removable(ctx context.Context) ([]int, error) {
 		return nil, err
 	}
 	var devids []int
+	plain := make(map[int]bool)
 	for _, name := range names {
 		devid, err := strconv.Atoi(name)
 		if err != nil {
 			return nil, fmt.Errorf("xenstore device/vbd/%s: not a number", name)
+		}
+		if k.plain[devid] {
+			plain[devid] = true
+			continue
 		}
 		kind, err := k.Store.Read(ctx, "device/vbd/"+name+"/device-type")
 		switch {
@@ -270,8 +379,11 @@ func (k *Keeper) removable(ctx context.Context) ([]int, error) {
 			return nil, err
 		case kind == "cdrom":
 			devids = append(devids, devid)
+		default:
+			plain[devid] = true
 		}
 	}
+	k.plain = plain // one that is gone may come back as another
 	return devids, nil
 }
 
@@ -296,12 +408,21 @@ func (k *Keeper) present(ctx context.Context, devid int, name string) (string, e
 // isEmpty says that the toolstack has put no medium in. The backend's params are then a format alone ("aio:"), and QEMU in dom0
 // (from 6.1 on: "Could not stat file ”") makes no disk of it; libxl waits for its fdset all the same.
 func (k *Keeper) isEmpty(ctx context.Context, devid int) bool {
-	backend, err := k.Store.Read(ctx, "device/vbd/"+strconv.Itoa(devid)+"/backend")
-	if err != nil {
+	backend := k.backend(ctx, devid)
+	if backend == "" {
 		return false
 	}
 	params, err := k.Store.Read(ctx, backend+"/params")
 	return err == nil && (params == "" || strings.HasSuffix(params, ":"))
+}
+
+// backend is the path of a vbd's backend; empty while there is none.
+func (k *Keeper) backend(ctx context.Context, devid int) string {
+	backend, err := k.Store.ReadString(ctx, nodes(devid)+"/backend")
+	if err != nil {
+		return ""
+	}
+	return backend
 }
 
 // gone says that an open failed because there is no disk, or none any more.

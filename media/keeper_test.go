@@ -3,6 +3,7 @@ package media
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -21,6 +22,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/stubinit/stubinit/internal/uevent"
+	"github.com/stubinit/stubinit/internal/xen/xenstore"
 	"github.com/stubinit/stubinit/internal/xen/xenstore/xenstoretest"
 )
 
@@ -492,6 +494,204 @@ func TestNodesGoFirst(t *testing.T) {
 		b.send(blockEvent)
 		b.wantSets("the disk is new", hdc, "new")
 	})
+}
+
+// backend gives a vbd its backend, and returns where that is.
+func (b *bench) backend(devid int, online string) string {
+	backend := fmt.Sprintf("/local/domain/0/backend/qdisk/%d/%d", self, devid)
+	b.store.SetPerms(backend+"/online", xenstore.Perm{Dom: 0, Access: xenstore.None}, xenstore.Perm{Dom: self, Access: xenstore.ReadOnly})
+	b.store.Set(backend+"/online", online)
+	frontend := fmt.Sprintf("/local/domain/%d/device/vbd/%d", self, devid)
+	b.store.Set(frontend+"/backend", backend)
+	return backend
+}
+
+// wantNodes checks whether a vbd has nodes.
+func (b *bench) wantNodes(when string, devid int, want bool) {
+	b.t.Helper()
+	synctest.Wait()
+	if _, got := b.store.Get(fmt.Sprintf("/local/domain/%d/device/vbd/%d/device-type", self, devid)); got != want {
+		b.t.Errorf("when %s: vbd %d has nodes: %v, want %v", when, devid, got, want)
+	}
+}
+
+// A removable disk's nodes go when the toolstack begins its detach, time after time; nobody else's do.
+func TestDetach(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		attach := func(devid int, kind, medium string) (backend string) {
+			b.nodes(devid, kind)
+			backend = b.backend(devid, "1")
+			b.disk(devid, medium)
+			return backend
+		}
+		system := attach(hda, "disk", "system")
+		attach(hdd, "cdrom", "other")
+		drive := attach(hdc, "cdrom", "first")
+		b.run()
+		b.store.Set(system+"/online", "0")
+		for i := range 3 {
+			b.wantNodes("nothing is detached", hdc, true)
+			b.qemu.removeSet(Opaque(hdc))
+			b.store.Set(drive+"/online", "0")
+			b.wantNodes("the detach has begun", hdc, false)
+			b.noDisk(hdc)
+			b.store.Remove(drive) // as libxl does when the backend has closed
+			synctest.Wait()
+			attach(hdc, "cdrom", fmt.Sprint("disc ", i))
+			b.send(blockEvent)
+			b.wantSets("the next disk is there", hdc, fmt.Sprint("disc ", i))
+		}
+		b.wantNodes("it is no removable disk", hda, true)
+		b.wantNodes("another one is detached", hdd, true)
+		if n := b.store.Watches(self); n != 3 {
+			t.Errorf("%d watches, want 3: that of all vbds and one a drive", n)
+		}
+		if s := b.log.String(); strings.Contains(s, "level=ERROR") || strings.Contains(s, "level=WARN") {
+			t.Errorf("complaints:\n%s", s)
+		}
+	})
+}
+
+// An empty drive has a set too, after each eject, and the log says what it cannot do.
+func TestEmpty(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		attach := func(params string) (backend string) {
+			b.nodes(hdc, "cdrom")
+			backend = b.backend(hdc, "1")
+			b.store.Set(backend+"/params", params)
+			synctest.Wait()
+			return backend
+		}
+		drive := attach("aio:")
+		const advice = "an image of no length is an empty drive that works\" devid=5632"
+		sets, err := b.keeper.Initial(t.Context())
+		b.must(err)
+		if len(sets) != 1 || sets[0].Opaque != Opaque(hdc) || sets[0].File.Name() != os.DevNull {
+			t.Fatalf("sets %v, want one of %s", sets, os.DevNull)
+		}
+		b.must(sets[0].File.Close())
+		if n := strings.Count(b.log.String(), advice); n != 1 {
+			t.Errorf("the log has %q %d times, want once:\n%s", advice, n, b.log)
+		}
+		b.qemu.sets[2] = fakeSet{Opaque(hdc), ""}
+		b.run()
+		for i := range 2 {
+			b.qemu.removeSet(Opaque(hdc))
+			b.store.Set(drive+"/online", "0")
+			synctest.Wait()
+			b.store.Remove(drive)
+			synctest.Wait()
+			attach("")
+			if _, ok := b.qemu.media()[Opaque(hdc)]; !ok {
+				t.Errorf("no set after eject %d", i)
+			}
+			if n := strings.Count(b.log.String(), advice); n != i+2 {
+				t.Errorf("after eject %d the log has %q %d times:\n%s", i, advice, n, b.log)
+			}
+		}
+		b.qemu.removeSet(Opaque(hdc))
+		b.store.Set(drive+"/online", "0")
+		synctest.Wait()
+		b.disk(hdc, "disc")
+		attach("aio:/disc.iso")
+		b.send(blockEvent)
+		b.wantSets("a disc is in", hdc, "disc")
+		b.wantClosed()
+	})
+}
+
+// A disk's kind is asked for once, and again when it has been away.
+func TestPlainDisks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		b.nodes(hda, "disk")
+		b.nodes(hdd, "disk")
+		asked := map[string]int{}
+		b.store.SetFaults(xenstoretest.Faults{Fail: func(op, path string) syscall.Errno {
+			if op == "read" {
+				asked[path]++
+			}
+			return 0
+		}})
+		b.run()
+		b.noNodes(hdd)
+		synctest.Wait()
+		b.attach(hdd, "disc")
+		b.store.SetFaults(xenstoretest.Faults{})
+		b.wantSets("it has come back as a drive", hdd, "disc")
+		if n := asked["device/vbd/768/device-type"]; n != 1 {
+			t.Errorf("the kind of a disk was asked for %d times: %v", n, asked)
+		}
+	})
+}
+
+// A beforeCommit calls do when a transaction is about to be committed.
+type beforeCommit struct {
+	*xenstoretest.Conn
+	do func()
+}
+
+func (c beforeCommit) Write(request []byte) (int, error) {
+	const transactionEnd = 7 // XS_TRANSACTION_END
+	if binary.LittleEndian.Uint32(request) == transactionEnd && bytes.HasSuffix(request, []byte("T\x00")) {
+		c.do()
+	}
+	return c.Conn.Write(request)
+}
+
+// A stubdomain that had no processor for a while must not remove the next disk's nodes.
+func TestDetachLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		b.nodes(hdc, "cdrom")
+		drive := b.backend(hdc, "1")
+		b.disk(hdc, "old")
+		late := 0
+		client := xenstore.NewClient(beforeCommit{b.store.DialConn(self), func() {
+			late++
+			b.noNodes(hdc)
+			b.store.Remove(drive)
+			b.nodes(hdc, "cdrom")
+			b.backend(hdc, "1")
+		}})
+		defer client.Close()
+		b.keeper.Store = client
+		b.run()
+		b.store.Set(drive+"/online", "0")
+		b.wantNodes("libxl was faster", hdc, true)
+		if late != 1 {
+			t.Errorf("%d commits, want 1", late)
+		}
+		b.stop()
+		<-b.ended
+	})
+}
+
+// When xenstore refuses, the log says what may follow from it.
+func TestDetachRefused(t *testing.T) {
+	for _, op := range []string{"watch", "remove"} {
+		t.Run(op, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBench(t)
+				b.nodes(hdc, "cdrom")
+				drive := b.backend(hdc, "1")
+				b.store.SetFaults(xenstoretest.Faults{Fail: func(got, path string) syscall.Errno {
+					if got == op && path != "device/vbd" {
+						return syscall.ENOSPC
+					}
+					return 0
+				}})
+				b.run()
+				b.store.Set(drive+"/online", "0")
+				synctest.Wait()
+				if s := b.log.String(); !strings.Contains(s, "xl cd-insert may time out: detaches are not followed") || !strings.Contains(s, "devid=5632") {
+					t.Errorf("log:\n%s", s)
+				}
+			})
+		})
+	}
 }
 
 // Uevents may get lost, and the disk may be replaced without a look in between: diskseq tells.
