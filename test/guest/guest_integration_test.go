@@ -510,6 +510,46 @@ func TestNICs(t *testing.T) {
 	m.want("err nic 2 is down", "nic 2 raw 00")
 }
 
+// Six NICs on one interrupt line, each brought up and down again and again while frames come for all of them: nobody may leave the line high.
+func TestNICsShareLine(t *testing.T) {
+	models := []string{"e1000", "rtl8139", "virtio-net", "e1000", "rtl8139", "virtio-net"}
+	var files []*os.File
+	var args []string
+	var flood sync.WaitGroup
+	t.Cleanup(flood.Wait)
+	for i, model := range models {
+		conn, theirs := socketPair(t, unix.SOCK_DGRAM)
+		t.Cleanup(func() { conn.Close() })
+		files = append(files, theirs)
+		args = append(args, "-netdev", fmt.Sprintf("dgram,id=n%d,local.type=fd,local.str=%d", i, 3+i),
+			"-device", fmt.Sprintf("%s,netdev=n%d,mac=02:00:00:00:02:%02x,addr=%#x", model, i, i, 4+4*i)) // the line is the slot modulo 4
+		frame := append([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0, 1, byte(i), 0x88, 0x8e}, make([]byte, 46)...)
+		flood.Go(func() {
+			for t.Context().Err() == nil {
+				if _, err := conn.Write(frame); err != nil {
+					return // QEMU or the test has ended
+				}
+				time.Sleep(200 * time.Microsecond)
+			}
+		})
+	}
+	m := boot(t, build(t), files, args...)
+	m.fields(map[string]string{"count": fmt.Sprint(len(models))}, "nic list")
+	lines := map[string]bool{}
+	for range 20 {
+		for i := range models {
+			lines[m.ok("nic %d up %v", i, guestIP(i))["irq"]] = true
+		}
+		for i := range models {
+			m.ok("nic %d up %v", i, guestIP(i)) // from up
+			m.ok("nic %d down", i)
+		}
+	}
+	if len(lines) != 1 {
+		t.Errorf("the NICs have lines %v: want one", lines)
+	}
+}
+
 func hostIP(i int) netip.Addr  { return netip.AddrFrom4([4]byte{10, 0, byte(i), 1}) }
 func guestIP(i int) netip.Addr { return netip.AddrFrom4([4]byte{10, 0, byte(i), 2}) }
 

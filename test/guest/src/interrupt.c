@@ -78,14 +78,18 @@ void interrupt(struct frame *f)
 	outb(PIC1, 0x20);
 }
 
-/* Halts until an interrupt came since the last call. */
+/* Halts until an interrupt came since the last call. Interrupts are on in the meantime, and then as they were. */
 void wait_interrupt(void)
 {
+	u32 flags;
+
+	__asm__ volatile("pushfl; popl %0" : "=r"(flags)::"memory");
 	cli();
 	if (!woken)
-		__asm__ volatile("sti; hlt" ::: "memory");
+		__asm__ volatile("sti; hlt; cli" ::: "memory");
 	woken = 0;
-	sti();
+	if (flags & 0x200)
+		sti();
 }
 
 void interrupt_init(void)

@@ -89,6 +89,8 @@ static void up_command(struct nic *n, int argc, char **argv)
 		put("err nic mtu=%u %s takes 576 to %u\n", mtu, n->driver->name, n->driver->max_mtu);
 		return;
 	}
+	/* A frame may come at any time, on a line that others have unmasked: nobody may interrupt while ack_line does not know this one. */
+	cli();
 	n->up = 0;
 	n->ip = ip;
 	n->mtu = mtu;
@@ -96,11 +98,12 @@ static void up_command(struct nic *n, int argc, char **argv)
 	memset(&n->arp, 0, sizeof n->arp);
 	memset(&n->probe, 0, sizeof n->probe);
 	n->in.state = n->out.state = IDLE;
-	if (!n->driver->up(n)) {
+	n->up = n->driver->up(n);
+	sti();
+	if (!n->up) {
 		put("err nic %s does not come up\n", n->driver->name);
 		return;
 	}
-	n->up = 1;
 	if (n->pci.irq < 16)
 		irq_unmask(n->pci.irq);
 	put("ok nic model=%s mac=", n->driver->name);
@@ -306,8 +309,10 @@ void nic_command(int argc, char **argv)
 	} else if (!n->up) {
 		put("err nic %u is down\n", (u32)index);
 	} else if (streq(what, "down")) {
-		n->up = 0;
+		cli();
 		n->driver->down(n);
+		n->up = 0;
+		sti();
 		put("ok nic down\n");
 	} else if (streq(what, "recv")) {
 		u32 port = number_arg(argc, argv, 3, 0);
