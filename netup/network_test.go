@@ -230,7 +230,8 @@ func TestUnbindFailsThenWorks(t *testing.T) {
 	}
 }
 
-// A backend that does not answer holds the write in the kernel. A FIFO that nobody reads does the same.
+// A backend that does not answer holds the write in the kernel. A FIFO that nobody reads does the same. When it answers at last, the
+// frontend goes without a further call.
 func TestUnbindIsBounded(t *testing.T) {
 	sys, unbind := fakeSys(t)
 	if err := os.Remove(unbind); err != nil {
@@ -239,14 +240,16 @@ func TestUnbindIsBounded(t *testing.T) {
 	if err := unix.Mkfifo(unbind, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	n := openNetwork(t, Options{Sys: sys})
-	p := &port{NIC: NIC{Vif: 2, Backend: "/local/domain/5/backend/vif/8/2"}}
+	store := &fakeStore{nodes: map[string]string{"device/vif/2/state": "6"}}
+	var log bytes.Buffer
+	n := openNetwork(t, Options{Sys: sys, Store: store, Log: slog.New(slog.NewTextHandler(&log, nil))})
+	p := &port{NIC: NIC{ID: "nic1", Vif: 2, Backend: "/local/domain/5/backend/vif/8/2"}}
 	for range 2 { // the second call waits for the same write
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
-		err := n.unbind(ctx, p)
+		err := n.closeVif(ctx, p)
 		cancel()
 		if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), p.Backend) {
-			t.Errorf("unbind: %v, want a deadline that names the backend", err)
+			t.Errorf("closeVif: %v, want a deadline that names the backend", err)
 		}
 	}
 	f, err := os.Open(unbind)
@@ -260,6 +263,13 @@ func TestUnbindIsBounded(t *testing.T) {
 	buf := make([]byte, 64)
 	if got, err := f.Read(buf); err != nil || string(buf[:got]) != "vif-2" {
 		t.Errorf("unbind got %q, %v", buf[:got], err)
+	}
+	n.unbinds.Wait()
+	if d := cmp.Diff([]string{"read device/vif/2/state", "remove device/vif/2"}, store.done); d != "" {
+		t.Error(d)
+	}
+	if want := "has closed at last; its vif is gone\" nic=nic1"; !strings.Contains(log.String(), want) {
+		t.Errorf("log %q, want %s", log.String(), want)
 	}
 }
 

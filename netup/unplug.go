@@ -69,6 +69,11 @@ func (n *Network) closeVif(ctx context.Context, p *port) error {
 	if err := n.unbind(ctx, p); err != nil {
 		return err
 	}
+	return n.removeFrontend(ctx, p)
+}
+
+// removeFrontend removes the vif's frontend, in state Closed, from xenstore.
+func (n *Network) removeFrontend(ctx context.Context, p *port) error {
 	// The driver has left the frontend Closed; without a driver nobody has.
 	frontend := fmt.Sprintf("device/vif/%d", p.Vif)
 	state, err := n.opts.Store.Read(ctx, frontend+"/state")
@@ -86,8 +91,9 @@ func (n *Network) closeVif(ctx context.Context, p *port) error {
 }
 
 // unbind takes the vif from its driver. xen-netfront then goes through Closing to Closed in step with the backend, for as long as
-// it takes the backend to answer (xennet_bus_close), and its link goes. The write cannot be interrupted, so it has a goroutine,
-// which Close waits for; there is one a NIC, however often Unplug is called.
+// it takes the backend to answer (xennet_bus_close), and its link goes. xen-netback does not answer before its hotplug script has connected
+// (backend_switch_state in drivers/net/xen-netback/xenbus.c). The write cannot be interrupted, so it has a goroutine,
+// which Close waits for; there is one a NIC, however often Unplug is called. When the caller has given up, the goroutine does the rest.
 func (n *Network) unbind(ctx context.Context, p *port) error {
 	path := filepath.Join(n.opts.Sys, "bus/xen/drivers/vif/unbind")
 	n.mu.Lock()
@@ -96,34 +102,59 @@ func (n *Network) unbind(ctx context.Context, p *port) error {
 		u = &unbinding{done: make(chan struct{})}
 		p.unbinding = u
 		n.unbinds.Go(func() {
-			defer close(u.done)
-			u.err = writeFile(path, busName(p.Vif))
+			err := writeFile(path, busName(p.Vif))
+			n.mu.Lock()
 			switch {
-			case errors.Is(u.err, fs.ErrNotExist), errors.Is(u.err, unix.ENODEV):
-				u.err = nil // no driver, or one that does not have this vif: nothing to unbind
-			case u.err != nil:
-				n.mu.Lock()
+			case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENODEV):
+				err = nil // no driver, or one that does not have this vif: nothing to unbind
+			case err != nil:
 				p.unbinding = nil // a later call tries again
-				n.mu.Unlock()
+			}
+			u.err = err
+			close(u.done)
+			late := u.late
+			n.mu.Unlock()
+			if late && err == nil {
+				n.closedLate(p)
 			}
 		})
 	}
 	n.mu.Unlock()
 	select {
 	case <-u.done:
-		if u.err != nil {
-			return fmt.Errorf("unbind %s from its driver: %w", busName(p.Vif), u.err)
-		}
-		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("unbind %s from its driver: the backend %s does not close: %w", busName(p.Vif), p.Backend, ctx.Err())
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		select {
+		case <-u.done:
+		default:
+			u.late = true
+			return fmt.Errorf("unbind %s from its driver: the backend %s does not close: %w", busName(p.Vif), p.Backend, ctx.Err())
+		}
 	}
+	if u.err != nil {
+		return fmt.Errorf("unbind %s from its driver: %w", busName(p.Vif), u.err)
+	}
+	return nil
+}
+
+// closedLate ends an Unplug whose caller has given up.
+func (n *Network) closedLate(p *port) {
+	ctx, cancel := context.WithTimeout(context.Background(), n.opts.Limit)
+	defer cancel()
+	log := n.opts.Log.With("nic", p.ID, "xenstore", p.Backend)
+	if err := n.removeFrontend(ctx, p); err != nil {
+		log.Warn("the backend of an unplugged NIC has closed at last, and its vif stays", "err", err)
+		return
+	}
+	log.Info("the backend of an unplugged NIC has closed at last; its vif is gone")
 }
 
 // An unbinding is a write to a driver's unbind file.
 type unbinding struct {
 	done chan struct{}
 	err  error // once done is closed
+	late bool  // a caller has given up; guarded by Network.mu
 }
 
 // writeFile writes a file of sysfs or procfs, which os.WriteFile would try to make if it were not there.
