@@ -34,6 +34,9 @@ type Options struct {
 	GID   int           // QEMU's group, likewise
 	Limit time.Duration // after which Run warns of vifs that are not up, and Unplug gives up waiting; 0: 30 s
 	Sys   string        // where sysfs is mounted; empty: /sys
+
+	// Up, if set, is told the ID of each NIC whose link comes up. There is one call at a time, which must not block.
+	Up func(nicID string)
 }
 
 // A Network holds the links of QEMU's NICs. Its methods may be called from different goroutines. Everything happens in the network

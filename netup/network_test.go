@@ -156,7 +156,13 @@ func TestUpWithBackendAndCarrier(t *testing.T) {
 	const state = "/backend/state"
 	var log bytes.Buffer // guarded by the network's mutex, which report is called with
 	store := &fakeStore{nodes: map[string]string{state: "2"}}
-	n := openNetwork(t, Options{Store: store, Log: slog.New(slog.NewTextHandler(&log, nil))})
+	up := 0 // likewise
+	n := openNetwork(t, Options{Store: store, Log: slog.New(slog.NewTextHandler(&log, nil)), Up: func(nic string) {
+		up++
+		if nic != "nic0" {
+			t.Errorf("Up(%q), want nic0", nic)
+		}
+	}})
 	p := &port{NIC: NIC{ID: "nic0", Backend: "/backend"}, link: "eth0", index: 7}
 	n.ports = []*port{p}
 	seen := make(chan bool, 16)
@@ -197,6 +203,9 @@ func TestUpWithBackendAndCarrier(t *testing.T) {
 		n.mu.Unlock()
 	}
 	wg.Wait() // nothing is followed after an unplug
+	if up != 3 {
+		t.Errorf("Up was called %d times, want 3", up)
+	}
 }
 
 func TestUnbindWithoutDriver(t *testing.T) {

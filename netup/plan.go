@@ -25,8 +25,8 @@
 //
 // # Restore and reboot
 //
-// After a restore or migration QEMU announces the guest's MAC address itself, with RARP frames through the tap: nothing here
-// does. A guest's reboot makes libxl build the stubdomain anew, which brings unplugged NICs back.
+// After a restore or migration QEMU announces the guest's MAC address, with an RARP frame through the tap, when Options.Up says
+// that it can pass: nothing here does. A guest's reboot makes libxl build the stubdomain anew, which brings unplugged NICs back.
 package netup
 
 import (

@@ -225,6 +225,9 @@ func (n *Network) report(p *port, start time.Time) {
 	case p.unplugged:
 	case up:
 		log.Info("NIC's link is up", "tap", p.Tap, "bridge", p.Bridge, "after", time.Since(start).Round(time.Millisecond))
+		if n.opts.Up != nil {
+			n.opts.Up(p.ID)
+		}
 	default:
 		log.Warn("NIC's link is down", "xenstore", p.Backend)
 	}

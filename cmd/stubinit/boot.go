@@ -90,8 +90,9 @@ type agent struct {
 	// config
 	cfg *config
 	// network
-	nics []netup.NIC
-	net  *netup.Network
+	nics     []netup.NIC
+	net      *netup.Network
+	announce *announcer // nil if nothing is restored, or without NICs
 	// devices
 	media *media.Keeper
 	discs []media.Set
@@ -298,7 +299,12 @@ func (a *agent) networkStep(ctx context.Context) error {
 	if a.nics, err = netup.Plan(a.cfg.vifs, a.cfg.dmArgv); err != nil {
 		return err
 	}
-	if a.net, err = netup.New(netup.Options{Log: a.log, Store: a.xs}); err != nil {
+	opts := netup.Options{Log: a.log, Store: a.xs}
+	if qemu.IsRestore(a.cfg.dmArgv) && len(a.nics) > 0 {
+		a.announce = newAnnouncer(a.log, len(a.nics))
+		opts.Up = a.announce.linkUp
+	}
+	if a.net, err = netup.New(opts); err != nil {
 		return err
 	}
 	if err := a.net.Setup(ctx, a.nics); err != nil {
@@ -427,9 +433,13 @@ func (a *agent) qemuStep(context.Context) error {
 		sets = append(sets, qemu.FDSet{Set: stateSet + 1 + i, Opaque: d.Opaque, File: d.File})
 		files = append(files, d.File)
 	}
+	extra := features.Args()
+	if a.announce != nil {
+		extra = append(extra, announceArgs...)
+	}
 	cmd, err := qemu.NewCommand(qemu.Spec{
 		Binary: binary, Args: a.cfg.dmArgv, Incoming: a.incoming,
-		Bridge: bridge, Agent: agent, FDSets: sets, Extra: features.Args(),
+		Bridge: bridge, Agent: agent, FDSets: sets, Extra: extra,
 	})
 	if err != nil {
 		return err
@@ -552,6 +562,7 @@ func (a *agent) bridgeStep(ctx context.Context) error {
 
 // runningStep waits for QEMU to tell libxl that the device model runs.
 func (a *agent) runningStep(ctx context.Context) error {
+	life := ctx
 	ctx, cancel := a.whileQEMU(ctx, runningLimit)
 	defer cancel()
 	defer a.reportOverdue("QEMU has not written \"running\" for the toolstack")()
@@ -561,6 +572,9 @@ func (a *agent) runningStep(ctx context.Context) error {
 	}
 	if a.received != nil {
 		a.received()
+	}
+	if a.announce != nil {
+		a.service(life, "announcements", func(ctx context.Context) error { return a.announce.run(ctx, a.monitor) })
 	}
 	debug.FreeOSMemory() // what the boot took and nothing needs again
 	a.logMemory()
