@@ -61,9 +61,9 @@ func TestBoot(t *testing.T) {
 
 // Creates and destroys in a row, in one dom0.
 func TestCreateDestroy(t *testing.T) {
-	rounds := 3
+	rounds := 5
 	if *soak {
-		rounds = 10
+		rounds = 50
 	}
 	for i := range rounds {
 		t.Run(fmt.Sprint(i+1), func(t *testing.T) {

@@ -29,8 +29,9 @@ var (
 
 // The lab that all tests share; booted by the first that wants it.
 var shared struct {
-	lab *lab.Lab
-	err error
+	lab   *lab.Lab
+	err   error
+	timed *testing.T // the test whose time is taken
 }
 
 func TestMain(m *testing.M) {
@@ -63,7 +64,27 @@ func boot(t *testing.T) *lab.Lab {
 	if err := shared.lab.Err(); err != nil {
 		t.Fatalf("%v\n%s", err, lab.Tail(shared.lab.Dir+"/serial.log", 30))
 	}
+	if !strings.Contains(t.Name(), "/") && shared.timed != t {
+		shared.timed = t
+		logLabTime(t, shared.lab)
+	}
 	return shared.lab
+}
+
+// logLabTime says at the test's end how long it took by dom0's clock, which goes by instructions in -icount mode: this machine's load does not count.
+func logLabTime(t *testing.T, l *lab.Lab) {
+	t.Helper()
+	up := func() time.Duration {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		up, err := l.Uptime(ctx)
+		if err != nil {
+			t.Error(err)
+		}
+		return up
+	}
+	from := up()
+	t.Cleanup(func() { t.Logf("%.1f s of lab time", (up() - from).Seconds()) })
 }
 
 // limit is a context for one guest's life. In -icount mode everything takes longer by this machine's clock.

@@ -18,9 +18,18 @@ import (
 	"github.com/stubinit/stubinit/test/lab"
 )
 
-// faultyImage puts an initrd into dom0 in which test/faults/shim starts QEMU, and returns its path there.
-func faultyImage(t *testing.T, ctx context.Context, l *lab.Lab) string {
+// docs/faults.md lists these scenarios by name, with what the user sees and what is lost.
+
+// faulty is an initrd in dom0 in which test/faults/shim starts QEMU.
+const faulty = "/root/faulty"
+
+// faultyImage puts the initrd faulty into dom0.
+func faultyImage(t *testing.T, l *lab.Lab) {
 	t.Helper()
+	ctx := limit(t, 5*time.Minute)
+	if _, err := l.Run(ctx, `[ -e "$1" ]`, faulty); err == nil {
+		return
+	}
 	shim := filepath.Join(t.TempDir(), "shim")
 	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", shim, "../faults/shim")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -33,108 +42,100 @@ func faultyImage(t *testing.T, ctx context.Context, l *lab.Lab) string {
 	}
 	// stubinit looks here first.
 	image := imageWith(t, map[string]string{"usr/bin/qemu-system-i386": string(program)})
-	const place = "/root/faulty"
-	if err := l.Put(ctx, place, 0o644, bytes.NewReader(image)); err != nil {
-		t.Fatal(err)
-	}
-	return place
-}
-
-// inject sets a fault off: signal at phase, "now" or one of stubinit's.
-func inject(t *testing.T, ctx context.Context, l *lab.Lab, g *lab.Guest, signal int, phase string) {
-	t.Helper()
-	if _, err := l.Run(ctx, `xenstore-write "/local/domain/$1/data/fault" "$2"`, strconv.Itoa(g.StubID), fmt.Sprintf("%d %s", signal, phase)); err != nil {
+	if err := l.Put(ctx, faulty, 0o644, bytes.NewReader(image)); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// gone waits until xl has ended the guest because of its crash.
-func gone(t *testing.T, ctx context.Context, l *lab.Lab, g *lab.Guest) {
+// faultyConfig is config with that image, and with more on the stubdomain's command line.
+func faultyConfig(name, cmdline string) lab.GuestConfig {
+	cfg := config(name)
+	cfg.Stubdom.Ramdisk, cfg.Stubdom.Cmdline = faulty, lab.DefaultCmdline+cmdline
+	return cfg
+}
+
+// do makes the shim do something, and returns what came of it.
+func do(t *testing.T, ctx context.Context, l *lab.Lab, g *lab.Guest, fault string) string {
 	t.Helper()
 	out, err := l.Run(ctx, `
-for try in {1..100}; do xl domid "$1" >/dev/null 2>&1 || exit 0; sleep 0.1; done
-xl list; exit 1`, g.Name)
+dir=/local/domain/$1/data
+xenstore-rm $dir/fault-result 2>/dev/null
+xenstore-write $dir/fault "$2 now"
+for try in {1..600}; do xenstore-exists $dir/fault || { xenstore-read $dir/fault-result; exit; }; sleep 0.1; done
+exit 1`, strconv.Itoa(g.StubID), fault)
+	out = strings.TrimSpace(out)
+	if err != nil || strings.HasPrefix(out, "error: ") {
+		t.Fatalf("%s: %s %v", fault, out, err)
+	}
+	return out
+}
+
+// armAtBoot lets the shim find a fault when the next stubdomain starts it.
+func armAtBoot(t *testing.T, ctx context.Context, l *lab.Lab, fault string) {
+	t.Helper()
+	setHook(t, ctx, l, stubOnly+`xenstore-write "/local/domain/$s/data/fault" "`+fault+`"`)
+}
+
+// gone waits until xl has ended the guest, for this reason (SHUTDOWN_* of sched.h).
+func gone(t *testing.T, ctx context.Context, l *lab.Lab, g *lab.Guest, reason int) {
+	t.Helper()
+	out, err := l.Run(ctx, `
+for try in {1..100}; do xl domid "$1" >/dev/null 2>&1 || break; sleep 0.1; done
+! xl domid "$1" >/dev/null 2>&1 || { xl list; exit 1; }
+grep "has shut down" "/var/log/xen/xl-$1.log"`, g.Name)
 	if err != nil {
-		t.Fatalf("the guest is still there: %v\n%s", err, out)
+		t.Fatalf("the guest is still there, or xl has not seen it end: %v\n%s", err, out)
+	}
+	if want := fmt.Sprintf("Domain %d has shut down, reason code %d ", g.ID, reason); !strings.Contains(out, want) {
+		t.Errorf("xl's log lacks %q:\n%s", want, out)
 	}
 }
 
-// What happens to a guest when its QEMU dies or hangs while it runs. That the guest was shut down is not looked for in the
-// log: xl destroys the stubdomain at once then.
-func TestFaultsQEMU(t *testing.T) {
-	l := boot(t)
-	image := faultyImage(t, limit(t, 5*time.Minute), l)
-	for _, test := range []struct {
-		name    string
-		cmdline string
-		signal  int
-		want    []string // patterns in the log, in this order
-		dies    bool
-	}{
-		{"killed", "", 9, []string{`FATAL supervise: QEMU ended: killed by SIGKILL`}, true},
-		{"segmentation fault", "", 11, []string{`FATAL supervise: QEMU ended: killed by SIGSEGV`}, true},
-		{"stuck, killed", " stubinit.qemu_stuck=kill stubinit.qemu_stuck_after=2s", 19,
-			[]string{`QEMU is stuck: it does not answer`, `stuck QEMU proc=.*`, `killing QEMU`, `FATAL supervise: QEMU ended: killed by SIGKILL`}, true},
-		{"stuck, left alone", " stubinit.qemu_stuck_after=2s", 19, []string{`QEMU is stuck`, `left alone`}, false},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			ctx := limit(t, 3*time.Minute)
-			cfg := config("fault")
-			cfg.Stubdom.Ramdisk, cfg.Stubdom.Cmdline = image, lab.DefaultCmdline+test.cmdline
-			g := create(t, ctx, cfg)
-			ready(t, ctx, g)
-			died := make(chan string, 1)
-			if test.dies {
-				// libxl's domain-death event is the watch @releaseDomain: its time after QEMU's, by dom0's clock.
-				p, err := l.Begin(lab.Command{Script: `
-xenstore-watch -n 2 @releaseDomain >/dev/null &
-sleep 0.3 # its registration is the first event
-read -r from _ </proc/uptime
-xenstore-write "/local/domain/$1/data/fault" "$2 now"
-wait
-read -r to _ </proc/uptime
-echo "$from $to"`, Args: []string{strconv.Itoa(g.StubID), strconv.Itoa(test.signal)}, Stdout: stringChan(died)})
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer p.Kill()
-			} else {
-				inject(t, ctx, l, g, test.signal, "now")
-			}
-			for _, pattern := range test.want {
-				expect(t, ctx, g.Stub, pattern)
-			}
-			if !test.dies {
-				return
-			}
-			gone(t, ctx, l, g)
-			select {
-			case times := <-died:
-				var from, to float64
-				if _, err := fmt.Sscan(times, &from, &to); err != nil {
-					t.Fatalf("times %q: %v", times, err)
-				}
-				took := to - from
-				t.Logf("%s: %.2f s from the signal to libxl's event", test.name, took)
-				if test.signal != 19 && took > 1 {
-					t.Errorf("%.2f s from QEMU's death to libxl's event, want 1 at most", took)
-				}
-			case <-ctx.Done():
-				t.Error("no @releaseDomain event")
-			}
-		})
-	}
+const (
+	poweroffReason = 0
+	crashReason    = 3
+)
 
-	t.Run("quit", func(t *testing.T) {
-		ctx := limit(t, 3*time.Minute)
-		g := create(t, ctx, config("fault"))
-		ready(t, ctx, g)
-		if _, err := g.QMP(ctx, `{"execute":"quit"}`); err != nil {
-			t.Fatal(err)
+// A shutdown waits for libxl's domain-death event, which is the watch @releaseDomain.
+type shutdown struct {
+	p     *lab.Process
+	times chan string
+}
+
+// watchDeath runs a script that ends the domain, and takes the time from its end to the event, by dom0's clock.
+func watchDeath(t *testing.T, l *lab.Lab, script string, args ...string) shutdown {
+	t.Helper()
+	times := make(chan string, 1)
+	p, err := l.Begin(lab.Command{Script: `
+xenstore-watch -n 2 @releaseDomain >/dev/null &
+watch=$!
+sleep 0.3 # its registration is the first event
+` + script + `
+read -r from _ </proc/uptime
+wait $watch
+read -r to _ </proc/uptime
+echo "$from $to"`, Args: args, Stdout: stringChan(times)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.Kill() })
+	return shutdown{p, times}
+}
+
+// took is the time in seconds.
+func (s shutdown) took(t *testing.T, ctx context.Context) float64 {
+	t.Helper()
+	select {
+	case times := <-s.times:
+		var from, to float64
+		if _, err := fmt.Sscan(times, &from, &to); err != nil {
+			t.Fatalf("times %q: %v", times, err)
 		}
-		expect(t, ctx, g.Stub, `QEMU ended how="exit status 0"`)
-		gone(t, ctx, l, g)
-	})
+		return to - from
+	case <-ctx.Done():
+		t.Fatal("no @releaseDomain event")
+		return 0
+	}
 }
 
 // A chan that takes what is written to it, whole.
@@ -145,162 +146,346 @@ func (c stringChan) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// QEMU dies before its guest runs: xl create fails, and the log says at which step.
-func TestFaultsAtPhases(t *testing.T) {
-	l := boot(t)
-	image := faultyImage(t, limit(t, 5*time.Minute), l)
-	for _, phase := range []string{"qemu", "monitor", "bridge", "running"} {
-		t.Run(phase, func(t *testing.T) {
-			ctx := limit(t, 3*time.Minute)
-			setHook(t, ctx, l, stubOnly+`xenstore-write "/local/domain/$s/data/fault" "9 `+phase+`"`)
-			cfg := config("phase")
-			cfg.Stubdom.Ramdisk = image
-			g, err := tryCreate(t, ctx, cfg)
-			expect(t, ctx, g.Stub, `FATAL [a-z]+: QEMU ended: killed by SIGKILL`)
-			gone(t, ctx, l, g)
-			if phase != "running" && err == nil {
-				t.Error("xl create ended well")
-			}
-		})
-	}
-}
-
-// xl destroy at each step of the boot leaves nothing behind.
-func TestFaultsDestroy(t *testing.T) {
-	l := boot(t)
-	for _, phase := range []string{"config", "endpoint", "qemu", "monitor", "running"} {
-		t.Run(phase, func(t *testing.T) {
-			ctx := limit(t, 3*time.Minute)
-			g, err := l.NewGuest(ctx, config("early"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			killer, err := l.Begin(lab.Command{Script: `
-while ! s=$(xl domid "$1-dm" 2>/dev/null) || ! g=$(xl domid "$1" 2>/dev/null); do sleep 0.1; done
-until [ "$(xenstore-read "/local/domain/$s/device-model/$g/stubinit/phase" 2>/dev/null)" = "$2" ]; do
-	xl domid "$1-dm" >/dev/null 2>&1 || exit 1 # it went on too fast, or ended
-	xenstore-watch -n 1 /nothing >/dev/null # the shortest pause there is
-done
-xl destroy "$1"`, Args: []string{"early", phase}})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer killer.Kill()
-			created := g.Create(ctx)
-			if err := killer.Wait(ctx); err != nil {
-				t.Logf("destroyed at another phase: %v", err)
-			}
-			t.Logf("xl create: %v", created)
-			if err := g.Destroy(ctx); err != nil {
-				t.Error(err)
-			}
-			checkClean(t, ctx, l)
-		})
-	}
-}
-
-// What dom0 does wrong has its own line in the log, or does no harm.
-func TestFaultsDom0(t *testing.T) {
-	l := boot(t)
-
-	t.Run("disk that never connects", func(t *testing.T) {
-		ctx := limit(t, 3*time.Minute)
-		// The backend's state is moved away from where the frontend looks.
-		setHook(t, ctx, l, stubOnly+`xenstore-write "/local/domain/$s/device/vbd/768/backend" "/local/domain/0/backend/vbd/$s/9999"`)
-		g, err := tryCreate(t, ctx, config("nodisk"))
-		if err == nil {
-			t.Error("xl create ended well")
-		}
-		expect(t, ctx, g.Stub, `FATAL devices: no /dev/xvda .*after 15s.*hotplug-status`)
-	})
-
-	t.Run("too little memory", func(t *testing.T) {
-		ctx := limit(t, 3*time.Minute)
-		m := regexp.MustCompile(`stubdomain_memory (\d+) at least`).FindSubmatch(readReport(t))
-		least, err := strconv.Atoi(string(m[1]))
-		if err != nil {
-			t.Fatal(err)
-		}
-		cfg := config("small")
-		cfg.Stubdom.Memory = least - 25
-		g, err := tryCreate(t, ctx, cfg)
-		if err == nil {
-			t.Errorf("starts with %d MiB", cfg.Stubdom.Memory)
-		}
-		expect(t, ctx, g.Stub, `FATAL modules: the initramfs was not unpacked to its end: .*raise stubdomain_memory`)
-	})
-
-	t.Run("running guest", func(t *testing.T) {
-		ctx := limit(t, 6*time.Minute)
-		g := create(t, ctx, config("dom0"))
-		ready(t, ctx, g)
-
-		t.Run("flood of port 0x12", func(t *testing.T) {
-			before := len(g.Stub.Text())
-			ask(t, ctx, g, "unplug flood 300000")
-			expect(t, ctx, g.Stub, `lines, \d+ bytes dropped \(limit: 65536 bytes, then 4096 a second\)`)
-			// Burst, the rate for as long as it took, and the count's own lines.
-			if wrote := len(g.Stub.Text()) - before; wrote > 200_000 {
-				t.Errorf("300000 bytes of the guest's made %d bytes of log", wrote)
-			} else {
-				t.Logf("300000 bytes of the guest's made %d bytes of log", wrote)
-			}
-		})
-		t.Run("detach of a disk in use", func(t *testing.T) {
-			out, err := l.Run(ctx, `xl block-detach "$1-dm" 768 2>&1`, g.Name)
-			t.Logf("xl block-detach: %s %v", out, err)
-			ask(t, ctx, g, "echo still here")
-		})
-		t.Run("proxy killed", func(t *testing.T) {
-			if _, err := l.Run(ctx, `pkill -KILL vchan-socket-p`); err != nil {
-				t.Fatal(err)
-			}
-			ask(t, ctx, g, "echo still here")
-		})
-		t.Run("console's QEMU killed", func(t *testing.T) {
-			if _, err := l.Run(ctx, `kill -KILL "$(xenstore-read "/local/domain/$1/image/device-model-pid")"`, strconv.Itoa(g.StubID)); err != nil {
-				t.Fatal(err)
-			}
-			// Its serial port has gone with that QEMU. The guest runs on: its QEMU's disk still works, says the toolstack's state.
-			state, err := g.State(ctx)
-			if err != nil || state != "running" {
-				t.Errorf("state %q, %v", state, err)
-			}
-			out, err := l.Run(ctx, `sleep 2; xl list "$1"`, g.Name)
-			if err != nil {
-				t.Errorf("%v\n%s", err, out)
-			}
-		})
-	})
-
-	t.Run("reboot", func(t *testing.T) {
-		ctx := limit(t, 5*time.Minute)
-		cfg := config("reboot")
-		g := create(t, ctx, cfg)
-		ready(t, ctx, g)
-		old := g.ID
-		if err := g.Serial.Send("reboot\n"); err != nil {
-			t.Fatal(err)
-		}
-		out, err := l.Run(ctx, `
-for try in {1..600}; do
-	id=$(xl domid "$1" 2>/dev/null) && [ "$id" != "$2" ] && s=$(xl domid "$1-dm" 2>/dev/null) &&
-		[ "$(xenstore-read "/local/domain/$s/device-model/$id/state" 2>/dev/null)" = running ] && echo "$id" && exit 0
-	sleep 0.2
-done
-xl list; exit 1`, g.Name, strconv.Itoa(old))
-		if err != nil {
-			t.Fatalf("no new domain with a running device model: %v\n%s", err, out)
-		}
-		t.Logf("domain %d became %s", old, strings.TrimSpace(out))
-	})
-}
-
-func readReport(t *testing.T) []byte {
+// publishedError waits for the next stubdomain's error node.
+func publishedError(t *testing.T, l *lab.Lab) <-chan string {
 	t.Helper()
-	report, err := os.ReadFile(filepath.Join(filepath.Dir(rootfs(t)), "stubdom-image.txt"))
+	value := make(chan string, 1)
+	p, err := l.Begin(lab.Command{Script: `
+exec 3< <(exec xenstore-watch /local/domain)
+while read -r path <&3; do
+	case $path in */device-model/*/stubinit/error) v=$(xenstore-read "$path" 2>/dev/null) && echo "$v" && exit ;; esac
+done`, Stdout: stringChan(value)})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return report
+	t.Cleanup(func() { p.Kill() })
+	return value
+}
+
+// wantPublished compares what dom0 tools can read with the log.
+func wantPublished(t *testing.T, ctx context.Context, value <-chan string, pattern string) {
+	t.Helper()
+	select {
+	case got := <-value:
+		if !regexp.MustCompile(pattern).MatchString(got) {
+			t.Errorf("the error node says %q, want %s", got, pattern)
+		}
+	case <-ctx.Done():
+		t.Error("no error node in xenstore")
+	}
+}
+
+// One guest goes through all that it can survive.
+func TestFaultsGuest(t *testing.T) {
+	l := boot(t)
+	faultyImage(t, l)
+	ctx := limit(t, 8*time.Minute)
+	g := create(t, ctx, faultyConfig("survivor", " stubinit.qemu_stuck_after=4s stubinit.log_burst=4096 stubinit.log_rate=1024"))
+	ready(t, ctx, g)
+	alive := func(t *testing.T) {
+		t.Helper()
+		if got := ask(t, ctx, g, "echo still here"); got != "still here" {
+			t.Errorf("echo: %q", got)
+		}
+		if s := queryStatus(t, ctx, g); !strings.Contains(s, `"status": "running"`) {
+			t.Errorf("query-status: %s", s)
+		}
+	}
+
+	// The agent's own share of stubdomain_memory, and what a QEMU that was taken over could learn of the kernel.
+	t.Run("what QEMU sees", func(t *testing.T) {
+		got := do(t, ctx, l, g, "report")
+		t.Logf("PID 1: %s", got)
+		if n := field(t, got, "symbols"); n != "0" {
+			t.Errorf("%s kernel addresses are readable", n)
+		}
+		// mkinitramfs counts 10 MiB for the agent.
+		if rss, err := strconv.Atoi(field(t, got, "rss_kib")); err != nil || rss > 10<<10 || rss < 1<<10 {
+			t.Errorf("PID 1 has %d KiB resident, %v: want 10240 at most", rss, err)
+		}
+	})
+	t.Run("signals to PID 1", func(t *testing.T) {
+		t.Log(do(t, ctx, l, g, "signals"))
+		alive(t)
+	})
+	t.Run("orphans", func(t *testing.T) {
+		t.Log(do(t, ctx, l, g, "orphans"))
+		alive(t)
+	})
+	t.Run("full file systems", func(t *testing.T) {
+		t.Log(do(t, ctx, l, g, "fill"))
+		alive(t)
+		do(t, ctx, l, g, "clear")
+	})
+	t.Run("no descriptors left for QEMU", func(t *testing.T) {
+		t.Log(do(t, ctx, l, g, "few-files"))
+		if got := ask(t, ctx, g, "echo still here"); got != "still here" {
+			t.Errorf("echo: %q", got)
+		}
+		if got := ask(t, ctx, g, "ata 0 read 0 8"); !strings.Contains(got, "sectors=8") {
+			t.Errorf("disk: %q", got)
+		}
+		do(t, ctx, l, g, "files")
+		alive(t)
+	})
+	t.Run("stopped for a while", func(t *testing.T) {
+		do(t, ctx, l, g, "19")
+		expect(t, ctx, g.Stub, `error QEMU is stuck: it does not answer`)
+		expect(t, ctx, g.Stub, `stuck QEMU proc="process \d+: State=T`)
+		expect(t, ctx, g.Stub, `stuck QEMU proc="?stack: `)
+		expect(t, ctx, g.Stub, `left alone`)
+		do(t, ctx, l, g, "18")
+		expect(t, ctx, g.Stub, `QEMU answers again`)
+		alive(t)
+	})
+	t.Run("flood of port 0x12", func(t *testing.T) {
+		before := len(g.Stub.Text())
+		from, err := l.Uptime(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ask(t, ctx, g, "unplug flood 16000")
+		to, err := l.Uptime(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		expect(t, ctx, g.Stub, `lines, \d+ bytes dropped \(limit: 4096 bytes, then 1024 a second\)`)
+		wrote := len(g.Stub.Text()) - before
+		t.Logf("16000 bytes of the guest's in %.1f s made %d bytes of log", (to - from).Seconds(), wrote)
+		// Until the count came some more seconds may have passed. Without the limit there would be 27000 bytes.
+		if most := 4096 + 1024*((to-from).Seconds()+5); float64(wrote) > most {
+			t.Error("the limit does not hold")
+		}
+	})
+	t.Run("detach of a disk in use", func(t *testing.T) {
+		out, err := l.Run(ctx, `xl block-detach "$1" 768 2>&1`, g.Name)
+		t.Logf("xl block-detach: %v; it says\n%s", err, out)
+		if err == nil {
+			t.Error("a disk that QEMU has open was detached")
+		}
+		alive(t)
+		if got := ask(t, ctx, g, "ata 0 read 0 8"); !strings.Contains(got, "sectors=8") {
+			t.Errorf("disk: %q", got)
+		}
+	})
+	// libxl never starts its proxy again, nor ends one that is not its own: what a user would have to do is done here.
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		if _, err := l.Run(ctx, `pkill -f "vchan-socket-proxy.*qmp-libxl-$1"`, strconv.Itoa(g.ID)); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("proxy killed", func(t *testing.T) {
+		out, err := l.Run(ctx, `
+socket=/var/run/xen/qmp-libxl-$1
+mapfile -d '' -t argv < <(cat "/proc/$(pgrep -f "vchan-socket-proxy.*$socket")/cmdline")
+printf '{"execute":"qmp_capabilities"}\r\n{"execute":"query-sta' | socat -t 2 STDIO "UNIX-CONNECT:$socket" >/dev/null
+pkill -KILL vchan-socket-pr
+echo "${argv[@]}"
+rm -f "$socket"
+exec "${argv[@]}" >/var/log/xen/qmp-proxy-again.log 2>&1 </dev/null &
+for try in {1..50}; do [ -S "$socket" ] && exit; sleep 0.1; done
+exit 1`, strconv.Itoa(g.ID))
+		t.Logf("proxy: %s", out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		alive(t)
+	})
+	// The serial port goes with that QEMU, and the log; the device model does not.
+	t.Run("console's QEMU killed", func(t *testing.T) {
+		if _, err := l.Run(ctx, `kill -KILL "$(xenstore-read "/local/domain/$1/image/device-model-pid")"`, strconv.Itoa(g.StubID)); err != nil {
+			t.Fatal(err)
+		}
+		if s := queryStatus(t, ctx, g); !strings.Contains(s, `"status": "running"`) {
+			t.Errorf("query-status: %s", s)
+		}
+		// More of a log than the console's ring holds, which nobody reads now, must stop nothing.
+		for range 3 {
+			do(t, ctx, l, g, "talk")
+		}
+		if s := queryStatus(t, ctx, g); !strings.Contains(s, `"status": "running"`) {
+			t.Errorf("query-status: %s", s)
+		}
+	})
+}
+
+// A death is one way in which a running guest's QEMU ends.
+type death struct {
+	name, cmdline string
+	// script ends it; $1 is the stubdomain, $2 the guest.
+	script string
+	want   []string // patterns in the log, in this order
+	reason int
+	delay  float64 // seconds from the script's end that are not the agent's
+}
+
+const tell = `xenstore-write "/local/domain/$1/data/fault" `
+
+// run ends guests, and compares the mean time to libxl's event with the second that there is for it.
+func (d death) run(t *testing.T, l *lab.Lab) (took float64, ok bool) {
+	ok = t.Run(d.name, func(t *testing.T) {
+		ctx := limit(t, 3*time.Minute)
+		g := create(t, ctx, faultyConfig("mortal", d.cmdline))
+		ready(t, ctx, g)
+		s := watchDeath(t, l, d.script, strconv.Itoa(g.StubID), strconv.Itoa(g.ID))
+		for _, pattern := range d.want {
+			expect(t, ctx, g.Stub, pattern)
+		}
+		took = s.took(t, ctx)
+		gone(t, ctx, l, g, d.reason)
+		t.Logf("%s: %.2f s to libxl's event", d.name, took)
+	})
+	return took, ok
+}
+
+func testDeaths(t *testing.T, deaths []death) {
+	l := boot(t)
+	faultyImage(t, l)
+	sum, n := 0.0, 0
+	for _, d := range deaths {
+		if took, ok := d.run(t, l); ok && d.delay == 0 {
+			sum, n = sum+took, n+1
+		}
+	}
+	if n == 0 {
+		t.Fatal("no death whose time counts")
+	}
+	t.Logf("mean time to libxl's domain-death event: %.2f s of %d", sum/float64(n), n)
+	if sum > float64(n) {
+		t.Errorf("mean %.2f s, want 1 at most", sum/float64(n))
+	}
+}
+
+// A running guest whose QEMU dies is shut down at once, with reason crash.
+func TestFaultsDeath(t *testing.T) {
+	testDeaths(t, []death{
+		{"killed", "", tell + `"9 now"`, []string{`FATAL supervise: QEMU ended: killed by SIGKILL`}, crashReason, 0},
+		{"out of memory", "", tell + `"oom now"`,
+			[]string{`FATAL supervise: QEMU ended: killed by SIGKILL.*the kernel ran out of memory while QEMU used \d+ MiB: raise stubdomain_memory`}, crashReason, 60},
+	})
+}
+
+func TestFaultsMoreDeaths(t *testing.T) {
+	const dead = `FATAL supervise: QEMU ended: killed by `
+	testDeaths(t, []death{
+		{"segmentation fault", "", tell + `"11 now"`, []string{dead + `SIGSEGV`}, crashReason, 0},
+		{"abort", "", tell + `"6 now"`, []string{dead + `SIGABRT`}, crashReason, 0},
+		{"terminated", "", tell + `"15 now"`, []string{`QEMU ended how="exit status 0"`}, poweroffReason, 0},
+		{"stuck, to be killed", " stubinit.qemu_stuck=kill stubinit.qemu_stuck_after=2s", tell + `"19 now"`,
+			[]string{`QEMU is stuck: it does not answer`, `stuck QEMU proc=.*`, `killing QEMU`, dead + `SIGKILL`}, crashReason, 4},
+	})
+}
+
+// The end of PID 1's kernel is beyond PID 1: the log has the panic, and the guest stays until it is destroyed.
+func TestFaultsKernelPanic(t *testing.T) {
+	l := boot(t)
+	faultyImage(t, l)
+	ctx := limit(t, 3*time.Minute)
+	g := create(t, ctx, faultyConfig("panic", ""))
+	ready(t, ctx, g)
+	if _, err := l.Run(ctx, tell+`"panic now"`, strconv.Itoa(g.StubID)); err != nil {
+		t.Fatal(err)
+	}
+	expect(t, ctx, g.Stub, `Kernel panic - not syncing: sysrq triggered crash`)
+	expect(t, ctx, g.Stub, `Call Trace:`)
+}
+
+// startLimit is for a guest that does not start, of which libxl knows after half a minute, or a whole one.
+const startLimit = 100 * time.Second
+
+// vifHook begins a hook that runs when a stubdomain's vif is attached, which is after its consoles; $s is the stubdomain.
+const vifHook = `
+[ "$1 $2" = "vif online" ] || exit 0
+IFS=/ read -r _ _ s _ <<<"$XENBUS_PATH"
+[[ $(xenstore-read "/local/domain/$s/name") = *-dm ]] || exit 0
+`
+
+// fails is xl create of a guest that must not start; it gives the guest for its log.
+func fails(t *testing.T, ctx context.Context, cfg lab.GuestConfig) *lab.Guest {
+	t.Helper()
+	g, err := tryCreate(t, ctx, cfg)
+	if err == nil {
+		t.Error("xl create ended well")
+	}
+	t.Logf("xl create failed after %.1f s", g.Created.Seconds())
+	return g
+}
+
+// QEMU dies before its guest runs: xl create fails, and says nothing; log and xenstore say why.
+func testStartKilled(t *testing.T, phase, want string) {
+	l := boot(t)
+	faultyImage(t, l)
+	ctx := limit(t, startLimit)
+	armAtBoot(t, ctx, l, "9 "+phase)
+	published := publishedError(t, l)
+	g := fails(t, ctx, faultyConfig("start", ""))
+	expect(t, ctx, g.Stub, want)
+	wantPublished(t, ctx, published, want)
+}
+
+// QEMU stops before its guest runs: the log has what it was doing before libxl ends the stubdomain.
+func testStartStopped(t *testing.T, phase string) {
+	l := boot(t)
+	faultyImage(t, l)
+	ctx := limit(t, startLimit)
+	armAtBoot(t, ctx, l, "19 "+phase)
+	g := fails(t, ctx, faultyConfig("start", ""))
+	expect(t, ctx, g.Stub, `QEMU does not answer on its monitor yet; libxl gives up`)
+	expect(t, ctx, g.Stub, `late QEMU proc="process \d+: State=T`)
+}
+
+// The backend's state is moved away from where the frontend looks.
+func testNoDisk(t *testing.T) {
+	l := boot(t)
+	ctx := limit(t, 3*time.Minute)
+	setHook(t, ctx, l, stubOnly+`xenstore-write "/local/domain/$s/device/vbd/768/backend" "/local/domain/0/backend/vbd/$s/9999"`)
+	published := publishedError(t, l)
+	g := fails(t, ctx, config("nodisk"))
+	const want = `FATAL devices: no /dev/xvda .*after 15s.*hotplug-status`
+	expect(t, ctx, g.Stub, want)
+	wantPublished(t, ctx, published, want)
+}
+
+// What keeps a guest from starting is said, in the log and in xenstore.
+func TestFaultsStart(t *testing.T) {
+	t.Run("QEMU killed in monitor", func(t *testing.T) { testStartKilled(t, "monitor", `FATAL monitor: QEMU ended: killed by SIGKILL`) })
+	t.Run("no disk backend", testNoDisk)
+}
+
+func TestFaultsMoreStarts(t *testing.T) {
+	t.Run("QEMU killed in qemu", func(t *testing.T) { testStartKilled(t, "qemu", `FATAL monitor: QEMU ended: killed by SIGKILL`) })
+	t.Run("QEMU stopped in qemu", func(t *testing.T) { testStartStopped(t, "qemu") })
+	t.Run("QEMU stopped in monitor", func(t *testing.T) { testStartStopped(t, "monitor") })
+	// The guest starts; its NIC has no link.
+	t.Run("no NIC backend", func(t *testing.T) {
+		l := boot(t)
+		ctx := limit(t, startLimit)
+		setHook(t, ctx, l, vifHook+`xenstore-write "/local/domain/$s/device/vif/0/backend" "/local/domain/0/backend/vif/$s/9999"`)
+		g := create(t, ctx, config("nonic"))
+		ready(t, ctx, g)
+		expect(t, ctx, g.Stub, `NIC still has no network: `)
+		if got := ask(t, ctx, g, "echo still here"); got != "still here" {
+			t.Errorf("echo: %q", got)
+		}
+	})
+	t.Run("too little memory", func(t *testing.T) {
+		report, err := os.ReadFile(filepath.Join(filepath.Dir(rootfs(t)), "stubdom-image.txt"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		least, err := strconv.Atoi(string(regexp.MustCompile(`stubdomain_memory (\d+) at least`).FindSubmatch(report)[1]))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx := limit(t, startLimit)
+		cfg := config("small")
+		cfg.Stubdom.Memory = least - 25
+		published := publishedError(t, boot(t))
+		g := fails(t, ctx, cfg)
+		const want = `FATAL modules: the initramfs was not unpacked to its end: .*raise stubdomain_memory`
+		expect(t, ctx, g.Stub, want)
+		wantPublished(t, ctx, published, want)
+	})
 }

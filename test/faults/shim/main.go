@@ -1,14 +1,19 @@
-// Command shim stands in QEMU's place in the lab's stubdomains, to do to QEMU
-// what no toolstack can: it becomes QEMU by exec, and leaves a child that sends it a signal.
+// Command shim stands in QEMU's place in the lab's stubdomains, to do to QEMU, to PID 1 and to their kernel
+// what no toolstack can: it becomes QEMU by exec, and leaves a child behind that obeys dom0.
 //
-// The child reads data/fault of the stubdomain, "SIGNAL PHASE" ("9 monitor"), when it is there, and waits for that phase of
-// stubinit; phase "now" is at once. "9 *" before the boot makes it the first phase there is.
+// The child takes "FAULT PHASE" from the stubdomain's data/fault, waits until stubinit's boot is in that phase or past it ("now": does not wait), does
+// it, writes what came of it to data/fault-result, and removes data/fault. FAULT is a signal's number, for QEMU, or a name (see faults). "9 qemu"
+// written before the boot is a QEMU that dies before it has done anything.
 package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -18,21 +23,49 @@ import (
 	"github.com/stubinit/stubinit/internal/xen/xenstore"
 )
 
-const qemu = "/usr/libexec/xen-qemu-system-i386"
+const (
+	qemu       = "/usr/libexec/xen-qemu-system-i386"
+	faultNode  = "data/fault"
+	resultNode = "data/fault-result"
+)
+
+// phases of stubinit's boot, in order, from the one that starts QEMU on.
+var phases = []string{"qemu", "monitor", "bridge", "running"}
+
+// faults that are no signals. Each gets QEMU's pid and returns what there is to say.
+var faults = map[string]func(pid int) (string, error){
+	"report":    report,
+	"oom":       oom,
+	"talk":      talk,
+	"panic":     func(int) (string, error) { return "", os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0) },
+	"signals":   signals,
+	"orphans":   orphans,
+	"fill":      fill,
+	"clear":     func(int) (string, error) { return "", clearFill() },
+	"few-files": func(pid int) (string, error) { return limitFiles(pid, true) },
+	"files":     func(pid int) (string, error) { return limitFiles(pid, false) },
+}
 
 func main() {
-	if len(os.Args) == 3 && os.Args[1] == "-fault" {
+	if len(os.Args) == 3 && os.Args[1] == "-child" {
 		pid, err := strconv.Atoi(os.Args[2])
 		if err == nil {
-			err = fault(pid)
+			err = obey(pid)
 		}
 		fmt.Println("shim:", err)
 		return
 	}
-	null, err := os.Open("/dev/null")
+	if len(os.Args) == 2 && os.Args[1] == "-orphans" {
+		leaveOrphans()
+		return
+	}
+	err := dieEarly()
 	if err == nil {
-		_, err = os.StartProcess("/proc/self/exe", []string{"shim", "-fault", strconv.Itoa(os.Getpid())},
-			&os.ProcAttr{Files: []*os.File{null, os.Stdout, os.Stderr}})
+		var null *os.File
+		if null, err = os.Open("/dev/null"); err == nil {
+			_, err = os.StartProcess("/proc/self/exe", []string{"shim", "-child", strconv.Itoa(os.Getpid())},
+				&os.ProcAttr{Files: []*os.File{null, os.Stdout, os.Stderr}})
+		}
 	}
 	if err != nil {
 		fmt.Println("shim:", err)
@@ -42,37 +75,264 @@ func main() {
 	os.Exit(1)
 }
 
-func fault(pid int) error {
+// dieEarly is a signal in phase "qemu": the boot goes past it before a child could look.
+func dieEarly() error {
 	ctx := context.Background()
 	xs, err := xenstore.Open()
 	if err != nil {
 		return err
 	}
 	defer xs.Close()
-	var signal int
-	var phase string
-	_, err = xs.WaitFor(ctx, "data/fault", func(value string, exists bool) bool {
-		if !exists {
-			return false
-		}
-		_, err := fmt.Sscan(value, &signal, &phase)
-		return err == nil
-	})
+	value, err := xs.ReadString(ctx, faultNode)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
+	what, phase, _ := strings.Cut(value, " ")
+	signal, err := strconv.Atoi(what)
+	if err != nil || phase != phases[0] {
+		return nil
+	}
+	fmt.Printf("shim: signal %d to QEMU before its first step\n", signal)
+	return unix.Kill(os.Getpid(), syscall.Signal(signal))
+}
+
+// obey does what dom0 says, one fault after the other.
+func obey(pid int) error {
+	ctx := context.Background()
+	xs, err := xenstore.Open()
+	if err != nil {
+		return err
+	}
+	defer xs.Close()
 	target, err := xs.ReadString(ctx, "target")
 	if err != nil {
 		return err
 	}
-	if phase != "now" {
-		_, err = xs.WaitFor(ctx, "device-model/"+target+"/stubinit/phase", func(value string, exists bool) bool {
-			return exists && (phase == "*" || strings.TrimSpace(value) == phase)
-		})
+	for {
+		value, err := xs.WaitFor(ctx, faultNode, func(value string, exists bool) bool { return exists && strings.Contains(value, " ") })
 		if err != nil {
 			return err
 		}
+		what, phase, _ := strings.Cut(value, " ")
+		if phase != "now" {
+			from := slices.Index(phases, phase)
+			if from < 0 {
+				return fmt.Errorf("%q: no such phase", value)
+			}
+			_, err := xs.WaitFor(ctx, "device-model/"+target+"/stubinit/phase", func(value string, _ bool) bool {
+				return slices.Index(phases, value) >= from
+			})
+			if err != nil {
+				return err
+			}
+		}
+		result, err := do(what, pid)
+		if err != nil {
+			result = "error: " + err.Error()
+		}
+		fmt.Printf("shim: %s: %s\n", what, result)
+		if err := xs.Write(ctx, resultNode, result); err != nil {
+			return err
+		}
+		if err := xs.Remove(ctx, faultNode); err != nil {
+			return err
+		}
 	}
-	fmt.Printf("shim: signal %d to QEMU\n", signal)
-	return unix.Kill(pid, syscall.Signal(signal))
+}
+
+func do(what string, pid int) (string, error) {
+	if signal, err := strconv.Atoi(what); err == nil {
+		return "sent", unix.Kill(pid, syscall.Signal(signal))
+	}
+	f := faults[what]
+	if f == nil {
+		return "", errors.New("no such fault")
+	}
+	return f(pid)
+}
+
+// report is what QEMU could read of PID 1 and the kernel: "rss_kib=N anon_kib=N symbols=N", symbols being kernel addresses that are not hidden.
+func report(int) (string, error) {
+	status, err := os.ReadFile("/proc/1/status")
+	if err != nil {
+		return "", err
+	}
+	values := map[string]string{}
+	for line := range strings.Lines(string(status)) {
+		key, value, _ := strings.Cut(line, ":")
+		values[key] = strings.TrimSuffix(strings.TrimSpace(value), " kB")
+	}
+	table, err := os.ReadFile("/proc/kallsyms")
+	if err != nil {
+		return "", err
+	}
+	shown, all := 0, 0
+	for line := range strings.Lines(string(table)) {
+		all++
+		if address, _, _ := strings.Cut(line, " "); strings.Trim(address, "0") != "" {
+			shown++
+		}
+	}
+	if all == 0 {
+		return "", errors.New("/proc/kallsyms is empty")
+	}
+	return fmt.Sprintf("rss_kib=%s peak_kib=%s anon_kib=%s symbols=%d", values["VmRSS"], values["VmHWM"], values["RssAnon"], shown), nil
+}
+
+// talk writes more than console 0's ring holds to QEMU's output, which is the shim's.
+func talk(int) (string, error) {
+	const lines = 100
+	for i := range lines {
+		fmt.Printf("shim: line %d of some that are more than a console's ring has room for\n", i)
+	}
+	return fmt.Sprintf("%d lines", lines), nil
+}
+
+// oom takes memory until the kernel has ended QEMU. The shim itself is the last one that it would take.
+func oom(pid int) (string, error) {
+	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0); err != nil {
+		return "", err
+	}
+	const piece = 1 << 20
+	for n := 0; ; n++ {
+		if err := unix.Kill(pid, 0); err != nil {
+			return fmt.Sprintf("QEMU went at %d MiB", n), nil
+		}
+		p, err := unix.Mmap(-1, 0, piece, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON|unix.MAP_POPULATE)
+		if err != nil {
+			return "", err
+		}
+		for i := 0; i < piece; i += 4096 {
+			p[i] = 1
+		}
+	}
+}
+
+// signals are those that end a program which does not ask for them.
+func signals(int) (string, error) {
+	const rounds = 10_000
+	for range rounds {
+		for _, s := range []unix.Signal{unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1} {
+			if err := unix.Kill(1, s); err != nil {
+				return "", err
+			}
+		}
+	}
+	return fmt.Sprintf("%d of each", rounds), nil
+}
+
+const orphanCount = 1000
+
+// orphans makes 1000 dead processes that PID 1 inherits in one go, and waits until it has reaped them.
+func orphans(int) (string, error) {
+	// The kernel allows for as many processes as its memory has room for in use; dead ones need less.
+	if err := os.WriteFile("/proc/sys/kernel/threads-max", []byte(strconv.Itoa(4*orphanCount)), 0); err != nil {
+		return "", err
+	}
+	p, err := os.StartProcess("/proc/self/exe", []string{"shim", "-orphans"}, &os.ProcAttr{Files: []*os.File{nil, os.Stdout, os.Stderr}})
+	if err != nil {
+		return "", err
+	}
+	state, err := p.Wait()
+	if err != nil {
+		return "", err
+	}
+	if !state.Success() {
+		return "", errors.New(state.String())
+	}
+	most := 0
+	for {
+		zombies, err := zombies()
+		if err != nil || zombies == 0 {
+			return fmt.Sprintf("%d left behind, %d of them seen dead", orphanCount, most), err
+		}
+		most = max(most, zombies)
+		// PID 1 runs meanwhile; one that does not reap makes the test's own limit end this.
+		ts := unix.Timespec{Nsec: 1_000_000}
+		_ = unix.Nanosleep(&ts, nil)
+	}
+}
+
+func zombies() (n int, err error) {
+	files, err := filepath.Glob("/proc/[0-9]*/stat")
+	if err != nil {
+		return 0, err
+	}
+	for _, f := range files {
+		stat, err := os.ReadFile(f)
+		if err != nil {
+			continue // gone
+		}
+		if i := strings.LastIndexByte(string(stat), ')'); i >= 0 && strings.HasPrefix(string(stat[i+1:]), " Z") {
+			n++
+		}
+	}
+	return n, nil
+}
+
+// leaveOrphans forks without exec: a thousand programs would not fit into the stubdomain's memory. The child makes no call into Go's runtime.
+func leaveOrphans() {
+	for range orphanCount {
+		pid, _, errno := unix.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
+		if errno != 0 {
+			fmt.Println("shim: fork:", errno)
+			os.Exit(1)
+		}
+		if pid == 0 {
+			for {
+				unix.RawSyscall(unix.SYS_EXIT_GROUP, 5, 0, 0)
+			}
+		}
+	}
+}
+
+// filled are the file systems that a QEMU which was taken over could fill.
+var filled = []string{"/dev/fill", "/run/fill", "/tmp/fill"}
+
+func fill(int) (string, error) {
+	var sizes []string
+	for _, name := range filled {
+		f, err := os.Create(name)
+		if err != nil {
+			return "", err
+		}
+		n := 0
+		block := make([]byte, 64<<10)
+		for err == nil {
+			var w int
+			w, err = f.Write(block)
+			n += w
+		}
+		f.Close()
+		if !errors.Is(err, unix.ENOSPC) {
+			return "", fmt.Errorf("%s after %d bytes: %w", name, n, err)
+		}
+		sizes = append(sizes, fmt.Sprintf("%s=%d", name, n))
+	}
+	return strings.Join(sizes, " "), nil
+}
+
+func clearFill() error {
+	var errs []error
+	for _, name := range filled {
+		errs = append(errs, os.Remove(name))
+	}
+	return errors.Join(errs...)
+}
+
+// limitFiles leaves QEMU no descriptor that it does not have already, or the usual 1024.
+func limitFiles(pid int, few bool) (string, error) {
+	limit := unix.Rlimit{Cur: 1024, Max: 4096}
+	if few {
+		open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+		if err != nil {
+			return "", err
+		}
+		// The limit is on a descriptor's number; free numbers below the highest are few.
+		limit.Cur = uint64(len(open))
+	}
+	return fmt.Sprintf("limit=%d", limit.Cur), unix.Prlimit(pid, unix.RLIMIT_NOFILE, &limit, nil)
 }
