@@ -154,10 +154,11 @@ func (a *agent) runStep(ctx context.Context, s step) (err error) {
 	return nil
 }
 
-// service runs something that should go on for as long as QEMU does. Its end is logged; the guest goes on without it.
+// service runs something that should go on for as long as QEMU does. Its end is logged, by a panic too, which would else be PID 1's and so the
+// kernel's; the guest goes on without it.
 func (a *agent) service(ctx context.Context, name string, run func(context.Context) error) {
 	go func() {
-		err := run(ctx)
+		err := withoutPanic(func() error { return run(ctx) })
 		if ctx.Err() == nil {
 			a.failed <- fmt.Errorf("%s: %w", name, err)
 		}

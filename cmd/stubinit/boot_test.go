@@ -10,12 +10,14 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"github.com/stubinit/stubinit/initramfs"
@@ -289,6 +291,26 @@ func TestOutput(t *testing.T) {
 	}
 }
 
+// README.md explains each phase, in the boot's order.
+func TestPhasesAreDocumented(t *testing.T) {
+	text, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, table, _ := strings.Cut(string(text), "\n### Steps\n")
+	table, _, _ = strings.Cut(table, "\n### ")
+	var got, want []string
+	for _, row := range regexp.MustCompile(`(?m)^\| ([a-z]+) \| [^|]{20,} \|$`).FindAllStringSubmatch(table, -1) {
+		got = append(got, row[1])
+	}
+	for _, s := range sequence {
+		want = append(want, s.name)
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("the sequence (-) and README.md's table (+) differ:\n%s", d)
+	}
+}
+
 // A service that ends by itself is reported; one that its context has ended is not.
 func TestService(t *testing.T) {
 	a := newTestAgent(t)
@@ -297,6 +319,10 @@ func TestService(t *testing.T) {
 	a.service(ctx, "network", func(context.Context) error { return broken })
 	if err := <-a.failed; !errors.Is(err, broken) || err.Error() != "network: broken" {
 		t.Errorf("service: %v", err)
+	}
+	a.service(ctx, "removable disks", func(context.Context) error { panic("a defect") })
+	if err := <-a.failed; !strings.HasPrefix(err.Error(), "removable disks: panic: a defect\n") || !strings.Contains(err.Error(), "boot_test.go:") {
+		t.Errorf("service that panics: %v", err)
 	}
 	over := make(chan struct{})
 	a.service(ctx, "bridge", func(ctx context.Context) error {

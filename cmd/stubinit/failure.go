@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"runtime/debug"
 )
 
 // A hinted error says what to do.
@@ -33,3 +34,13 @@ func (e *stepError) Error() string {
 }
 
 func (e *stepError) Unwrap() error { return e.err }
+
+// withoutPanic is run with a panic made into an error.
+func withoutPanic(run func() error) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = hint(fmt.Errorf("panic: %v\n%s", r, debug.Stack()), "this is a defect of stubinit: please report it with this log")
+		}
+	}()
+	return run()
+}

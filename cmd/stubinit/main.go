@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 	"time"
 
@@ -29,14 +28,13 @@ func main() {
 	end(a, guarded(a))
 }
 
-// guarded is run with a panic made into an error.
-func guarded(a *agent) (err error) {
-	defer func() {
-		if r := recover(); r != nil {
-			err = &stepError{a.step.Load().(string), hint(fmt.Errorf("panic: %v\n%s", r, debug.Stack()), "this is a defect of stubinit: please report it with this log")}
-		}
-	}()
-	return run(a)
+// guarded is run with a panic made into an error of the step that it happened in.
+func guarded(a *agent) error {
+	var ended error
+	if panicked := withoutPanic(func() error { ended = run(a); return nil }); panicked != nil {
+		return &stepError{a.step.Load().(string), panicked}
+	}
+	return ended
 }
 
 // run boots, and returns when the stubdomain has nothing left to do: nil after

@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/stubinit/stubinit/internal/console"
 	"github.com/stubinit/stubinit/internal/qemu"
 	"github.com/stubinit/stubinit/internal/qmp"
 	"github.com/stubinit/stubinit/internal/xen/privcmd"
@@ -187,7 +188,7 @@ func (a *agent) fatal(err error) {
 	a.console.Shed(partingBytes)
 	a.log.Error(err.Error())
 	said, cancel := context.WithTimeout(context.Background(), partingLimit)
-	a.publish(said, "error", err.Error())
+	a.publish(said, "error", publishable(err.Error()))
 	cancel()
 	if a.hvc != nil {
 		a.hvc.AllowLastWords(lastWordsBytes)
@@ -236,6 +237,18 @@ func (a *agent) targetDomain(ctx context.Context) (uint16, bool) {
 		a.log.Debug("the guest is not known", "err", err)
 	}
 	return target, err == nil
+}
+
+// longestValue of ours in xenstore: the daemon refuses more than 2048 bytes from a domain, names and permissions counted (xenstored's quota "entry-size").
+const longestValue = console.MaxLine
+
+// publishable is text for xenstore: QEMU's last line may hold any byte, and a panic's stack has no end.
+func publishable(text string) string {
+	b := console.Escape(nil, []byte(text))
+	if len(b) > longestValue {
+		b = append(b[:longestValue-3], "..."...)
+	}
+	return string(b)
 }
 
 // publish writes a node of device-model/<g>/stubinit, for whoever looks with xenstore-ls.

@@ -293,3 +293,28 @@ func TestPublish(t *testing.T) {
 		t.Errorf("log:\n%s", log)
 	}
 }
+
+// What stands in xenstore is printable and small enough for its quota, whatever QEMU's last line was.
+func TestPublishable(t *testing.T) {
+	for _, tt := range []struct{ name, text, want string }{
+		{"plain", "FATAL qemu: no QEMU", "FATAL qemu: no QEMU"},
+		{"empty", "", ""},
+		{"control bytes", "its last line: \x1b[2J\x00\xff", `its last line: \x1b[2J\x00\xff`},
+		{"longest", strings.Repeat("x", 1024), strings.Repeat("x", 1024)},
+		{"too long", strings.Repeat("x", 1025), strings.Repeat("x", 1021) + "..."},
+		{"too long once escaped", strings.Repeat("\n", 1000), strings.Repeat(`\x0a`, 255) + `\...`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := publishable(tt.text); got != tt.want {
+				t.Errorf("%q, want %q", got, tt.want)
+			}
+		})
+	}
+	a := newTestAgent(t)
+	s := storeOf(t, libxlNodes())
+	a.xs, a.cfg = s.Dial(testSelf), libxlConfig()
+	a.fatal(&stepError{"monitor", errors.New("QEMU ended: its last line: \x1b[2J" + strings.Repeat("y", 5000))})
+	if got, _ := s.Get("/local/domain/6/device-model/5/stubinit/error"); len(got) != 1024 || !strings.HasPrefix(got, `FATAL monitor: QEMU ended: its last line: \x1b[2Jyy`) {
+		t.Errorf("the error node has %d bytes: %q", len(got), got)
+	}
+}
