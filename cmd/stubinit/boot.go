@@ -553,6 +553,11 @@ func (a *agent) bridgeStep(ctx context.Context) error {
 		})
 	})
 	a.service(ctx, "removable disks", func(ctx context.Context) error { return a.media.Run(ctx, a.monitor) })
+	fixed, err := a.fixedDisks(ctx)
+	if err != nil {
+		return err
+	}
+	a.service(ctx, "fixed disks", func(ctx context.Context) error { return a.followDisks(ctx, fixed) })
 	if w := a.newStuckWatch(); w != nil {
 		a.service(ctx, "watch over QEMU", w.run)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"strconv"
@@ -118,4 +119,50 @@ func (a *agent) backendState(path string) string {
 		return fmt.Sprintf(" (%v)", err)
 	}
 	return fmt.Sprintf(" (%s is in state %s)", backend, state)
+}
+
+// fixedDisks are the vbds that are there for as long as the guest is: not the CD-ROMs, which the toolstack replaces.
+func (a *agent) fixedDisks(ctx context.Context) ([]int, error) {
+	var fixed []int
+	for _, devid := range a.cfg.vbds {
+		kind, err := a.xs.Read(ctx, fmt.Sprintf("device/vbd/%d/device-type", devid))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+		if kind != "cdrom" {
+			fixed = append(fixed, devid)
+		}
+	}
+	return fixed, nil
+}
+
+// followDisks logs each fixed disk that is detached from the stubdomain. Linux takes it away although QEMU has it open, and leaves a
+// device of no size (__blk_mark_disk_dead in block/genhd.c), beyond whose end QEMU reads zeros: nothing else tells anybody.
+func (a *agent) followDisks(ctx context.Context, disks []int) error {
+	watch, err := a.xs.Watch(ctx, "device/vbd")
+	if err != nil {
+		return err
+	}
+	defer watch.Close()
+	for {
+		if _, err := watch.Next(ctx); err != nil {
+			return err
+		}
+		there, err := readNumbers(ctx, a.xs, "device/vbd")
+		if err != nil {
+			return err
+		}
+		disks = slices.DeleteFunc(disks, func(devid int) bool {
+			if slices.Contains(there, devid) {
+				return false
+			}
+			name, err := media.Name(devid)
+			if err != nil {
+				name = "none of ours"
+			}
+			a.log.Error("a disk was detached from the stubdomain while QEMU has it open: the guest reads zeros from it; shut the guest down",
+				"devid", devid, "disk", name)
+			return true
+		})
+	}
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -151,4 +152,32 @@ func TestParseMeminfo(t *testing.T) {
 			t.Errorf("total %d, available %d, %v", total, available, err)
 		}
 	})
+}
+
+// A disk that the toolstack detaches is missed, once; a CD-ROM's is not.
+func TestFollowDisks(t *testing.T) {
+	a := newTestAgent(t)
+	log := a.logTo(t)
+	s := storeOf(t, libxlNodes())
+	const dir = "/local/domain/6/device/vbd/"
+	s.Set(dir+"5632/device-type", "cdrom")
+	a.xs, a.cfg = s.Dial(testSelf), libxlConfig()
+	disks, err := a.fixedDisks(t.Context())
+	if err != nil || !slices.Equal(disks, []int{768, 832}) {
+		t.Fatalf("fixed disks: %v, %v", disks, err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- a.followDisks(t.Context(), disks) }()
+	s.Remove(dir + "5632")
+	s.Remove(dir + "832")
+	log.await(t, "devid=832 disk=xvdb")
+	s.Remove(dir + "768")
+	log.await(t, "devid=768 disk=xvda")
+	s.Hangup(testSelf)
+	if err := <-ended; err == nil {
+		t.Error("no error from a xenstore that has hung up")
+	}
+	if n := strings.Count(log.String(), "was detached"); n != 2 {
+		t.Errorf("%d lines, want 2:\n%s", n, log)
+	}
 }
