@@ -108,14 +108,16 @@ func TestBadInput(t *testing.T) {
 		args []string
 		// without is left out of the image's list of modules.
 		without string
-		want    []string // patterns in the stubdomain's log, in this order
+		want    []string // patterns in the stubdomain's log, in this order; the last one's text stands in xenstore too
+		// unknown: nobody can tell where in xenstore to put it.
+		unknown bool
 		// clean removes what libxl cannot find any more.
 		clean string
 	}{
 		{
 			name: "no target",
 			hook: stubOnly + `xenstore-rm "/local/domain/$s/target"`,
-			want: []string{`FATAL config: .*\btarget\b.*device_model_stubdomain_override`},
+			want: []string{`FATAL config: .*\btarget\b.*device_model_stubdomain_override`}, unknown: true,
 			// Without the node libxl does not know a stubdomain when it destroys one, and leaves its proxy.
 			clean: `for dir in /proc/[0-9]*; do [ "$(cat $dir/comm 2>/dev/null)" != vchan-socket-pr ] || kill "${dir#/proc/}"; done; rm -f /run/xen/qmp-libxl-*`,
 		},
@@ -152,6 +154,7 @@ for n in $(xenstore-list "$vm/image/dm-argv"); do xenstore-rm "$vm/image/dm-argv
 					t.Fatal(err)
 				}
 			}
+			published := publishedError(t, l)
 			g, err := tryCreate(t, ctx, cfg)
 			if test.clean != "" {
 				t.Cleanup(func() {
@@ -167,6 +170,9 @@ for n in $(xenstore-list "$vm/image/dm-argv"); do xenstore-rm "$vm/image/dm-argv
 			}
 			for _, pattern := range test.want {
 				expect(t, ctx, g.Stub, pattern)
+			}
+			if !test.unknown {
+				wantPublished(t, ctx, published, test.want[len(test.want)-1])
 			}
 			if strings.Contains(g.Stub.Text(), "Kernel panic") {
 				t.Errorf("the stubdomain's kernel panicked")

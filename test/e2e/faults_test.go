@@ -93,6 +93,7 @@ grep "has shut down" "/var/log/xen/xl-$1.log"`, g.Name)
 
 const (
 	poweroffReason = 0
+	rebootReason   = 1
 	crashReason    = 3
 )
 
@@ -180,7 +181,9 @@ func TestFaultsGuest(t *testing.T) {
 	l := boot(t)
 	faultyImage(t, l)
 	ctx := limit(t, 8*time.Minute)
-	g := create(t, ctx, faultyConfig("survivor", " stubinit.qemu_stuck_after=4s stubinit.log_burst=4096 stubinit.log_rate=1024"))
+	cfg := faultyConfig("survivor", " stubinit.qemu_stuck_after=4s stubinit.log_burst=4096 stubinit.log_rate=1024")
+	cfg.Disks = append(cfg.Disks, lab.Disk{VDev: "hdb", File: lab.GuestImage})
+	g := create(t, ctx, cfg)
 	ready(t, ctx, g)
 	alive := func(t *testing.T) {
 		t.Helper()
@@ -217,6 +220,12 @@ func TestFaultsGuest(t *testing.T) {
 		alive(t)
 		do(t, ctx, l, g, "clear")
 	})
+	t.Run("little memory", func(t *testing.T) {
+		t.Log(do(t, ctx, l, g, "press"))
+		expect(t, ctx, g.Stub, `warn memory is short: raise stubdomain_memory in xl.cfg`)
+		expect(t, ctx, g.Stub, `resident agent_kib=\d+ qemu_kib=\d+`)
+		alive(t)
+	})
 	t.Run("no descriptors left for QEMU", func(t *testing.T) {
 		t.Log(do(t, ctx, l, g, "few-files"))
 		if got := ask(t, ctx, g, "echo still here"); got != "still here" {
@@ -244,28 +253,56 @@ func TestFaultsGuest(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ask(t, ctx, g, "unplug flood 16000")
+		ask(t, ctx, g, "unplug flood 10000")
 		to, err := l.Uptime(ctx)
 		if err != nil {
 			t.Fatal(err)
 		}
 		expect(t, ctx, g.Stub, `lines, \d+ bytes dropped \(limit: 4096 bytes, then 1024 a second\)`)
 		wrote := len(g.Stub.Text()) - before
-		t.Logf("16000 bytes of the guest's in %.1f s made %d bytes of log", (to - from).Seconds(), wrote)
-		// Until the count came some more seconds may have passed. Without the limit there would be 27000 bytes.
+		t.Logf("10000 bytes of the guest's in %.1f s made %d bytes of log", (to - from).Seconds(), wrote)
+		// Until the count came some more seconds may have passed. Without the limit there would be 16000 bytes.
 		if most := 4096 + 1024*((to-from).Seconds()+5); float64(wrote) > most {
 			t.Error("the limit does not hold")
 		}
 	})
+	read := func(t *testing.T, unit int) string { // what the guest says of a disk's first blocks, which are not empty
+		t.Helper()
+		if err := g.Serial.Send(fmt.Sprintf("ata %d read 0 8\n", unit)); err != nil {
+			t.Fatal(err)
+		}
+		m := expect(t, ctx, g.Serial, `^(ok|err) ata\b(?: sectors=8 (crc=[0-9a-f]+))?.*\n`)
+		return m[1] + " " + m[2]
+	}
+	first, second := read(t, 0), read(t, 1)
+	if !strings.HasPrefix(first, "ok crc=") || first != second {
+		t.Fatalf("disks: %q and %q, want the same file's", first, second)
+	}
 	t.Run("detach of a disk in use", func(t *testing.T) {
-		out, err := l.Run(ctx, `xl block-detach "$1" 768 2>&1`, g.Name)
+		out, err := l.Run(ctx, `xl block-detach "$1" hda 2>&1`, g.Name)
 		t.Logf("xl block-detach: %v; it says\n%s", err, out)
 		if err == nil {
 			t.Error("a disk that QEMU has open was detached")
 		}
 		alive(t)
-		if got := ask(t, ctx, g, "ata 0 read 0 8"); !strings.Contains(got, "sectors=8") {
-			t.Errorf("disk: %q", got)
+		if got := read(t, 0); got != first {
+			t.Errorf("the disk that was not detached: %q, want %q", got, first)
+		}
+	})
+	// Linux lets go of a disk that a program has open: the stubdomain's own can be pulled.
+	t.Run("detach of the stubdomain's disk", func(t *testing.T) {
+		if out, err := l.Run(ctx, `xl block-detach "$1-dm" hdb 2>&1`, g.Name); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		expect(t, ctx, g.Stub, `a disk was detached from the stubdomain while QEMU has it open: .* devid=832 disk=xvdb`)
+		got := read(t, 1)
+		t.Logf("the guest reads %q", got)
+		if got == second {
+			t.Error("the guest reads from a disk that is not there")
+		}
+		alive(t)
+		if got := read(t, 0); got != first {
+			t.Errorf("the other disk: %q, want %q", got, first)
 		}
 	})
 	// libxl never starts its proxy again, nor ends one that is not its own: what a user would have to do is done here.
@@ -276,11 +313,12 @@ func TestFaultsGuest(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	t.Run("proxy killed", func(t *testing.T) {
+	t.Run("proxy killed in a message", func(t *testing.T) {
 		out, err := l.Run(ctx, `
 socket=/var/run/xen/qmp-libxl-$1
 mapfile -d '' -t argv < <(cat "/proc/$(pgrep -f "vchan-socket-proxy.*$socket")/cmdline")
-printf '{"execute":"qmp_capabilities"}\r\n{"execute":"query-sta' | socat -t 2 STDIO "UNIX-CONNECT:$socket" >/dev/null
+{ printf '{"execute":"qmp_capabilities"}\r\n{"execute":"query-sta'; sleep 30; } | socat STDIO "UNIX-CONNECT:$socket" >/dev/null &
+sleep 2 # so far it has come
 pkill -KILL vchan-socket-pr
 echo "${argv[@]}"
 rm -f "$socket"
@@ -362,8 +400,6 @@ func testDeaths(t *testing.T, deaths []death) {
 func TestFaultsDeath(t *testing.T) {
 	testDeaths(t, []death{
 		{"killed", "", tell + `"9 now"`, []string{`FATAL supervise: QEMU ended: killed by SIGKILL`}, crashReason, 0},
-		{"out of memory", "", tell + `"oom now"`,
-			[]string{`FATAL supervise: QEMU ended: killed by SIGKILL.*the kernel ran out of memory while QEMU used \d+ MiB: raise stubdomain_memory`}, crashReason, 60},
 	})
 }
 
@@ -373,8 +409,12 @@ func TestFaultsMoreDeaths(t *testing.T) {
 		{"segmentation fault", "", tell + `"11 now"`, []string{dead + `SIGSEGV`}, crashReason, 0},
 		{"abort", "", tell + `"6 now"`, []string{dead + `SIGABRT`}, crashReason, 0},
 		{"terminated", "", tell + `"15 now"`, []string{`QEMU ended how="exit status 0"`}, poweroffReason, 0},
+		{"out of memory", "", tell + `"oom now"`,
+			[]string{`FATAL supervise: QEMU ended: killed by SIGKILL.*the kernel ran out of memory while QEMU used \d+ MiB: raise stubdomain_memory`}, crashReason, 60},
 		{"stuck, to be killed", " stubinit.qemu_stuck=kill stubinit.qemu_stuck_after=2s", tell + `"19 now"`,
 			[]string{`QEMU is stuck: it does not answer`, `stuck QEMU proc=.*`, `killing QEMU`, dead + `SIGKILL`}, crashReason, 4},
+		{"quit", "", `{ printf '{"execute":"qmp_capabilities"}\r\n{"execute":"quit"}\r\n'; sleep 30; } | socat STDIO "UNIX-CONNECT:/var/run/xen/qmp-libxl-$2" >/dev/null &`,
+			[]string{`QEMU ended how="exit status 0"`}, poweroffReason, 0},
 	})
 }
 
@@ -413,6 +453,27 @@ func fails(t *testing.T, ctx context.Context, cfg lab.GuestConfig) *lab.Guest {
 	return g
 }
 
+// saidSoon compares the log's own times: the reason comes within a second of the shim's word that it has sent the signal.
+func saidSoon(t *testing.T, log string) {
+	t.Helper()
+	at := func(pattern string) float64 {
+		m := regexp.MustCompile(`(?m)^[a-z]+ ([0-9.]+) ` + pattern).FindStringSubmatch(log)
+		if m == nil {
+			t.Fatalf("no line %s in the log:\n%s", pattern, log)
+		}
+		seconds, err := strconv.ParseFloat(m[1], 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return seconds
+	}
+	took := at(`error FATAL `) - at(`shim: (?:9: sent|signal 9 to QEMU)`)
+	t.Logf("the reason came after %.2f s", took)
+	if took > 1 {
+		t.Errorf("the reason came after %.2f s, want 1 at most", took)
+	}
+}
+
 // QEMU dies before its guest runs: xl create fails, and says nothing; log and xenstore say why.
 func testStartKilled(t *testing.T, phase, want string) {
 	l := boot(t)
@@ -423,6 +484,22 @@ func testStartKilled(t *testing.T, phase, want string) {
 	g := fails(t, ctx, faultyConfig("start", ""))
 	expect(t, ctx, g.Stub, want)
 	wantPublished(t, ctx, published, want)
+	saidSoon(t, g.Stub.Text())
+}
+
+// From phase "bridge" on QEMU may have told libxl that it runs, before it dies: whether xl create ends well is a matter of milliseconds. The guest
+// ends in any case.
+func testStartKilledLate(t *testing.T, phase string) {
+	l := boot(t)
+	faultyImage(t, l)
+	ctx := limit(t, startLimit)
+	armAtBoot(t, ctx, l, "9 "+phase)
+	g, err := tryCreate(t, ctx, faultyConfig("start", ""))
+	t.Logf("xl create: %v after %.1f s", err, g.Created.Seconds())
+	expect(t, ctx, g.Stub, `FATAL (bridge|running|supervise): QEMU ended: killed by SIGKILL`)
+	if out, err := l.Run(ctx, `for try in {1..100}; do xl domid "$1" >/dev/null 2>&1 || exit 0; sleep 0.1; done; xl list; exit 1`, g.Name); err != nil {
+		t.Errorf("the guest is still there: %v\n%s", err, out)
+	}
 }
 
 // QEMU stops before its guest runs: the log has what it was doing before libxl ends the stubdomain.
@@ -434,6 +511,18 @@ func testStartStopped(t *testing.T, phase string) {
 	g := fails(t, ctx, faultyConfig("start", ""))
 	expect(t, ctx, g.Stub, `QEMU does not answer on its monitor yet; libxl gives up`)
 	expect(t, ctx, g.Stub, `late QEMU proc="process \d+: State=T`)
+}
+
+// Here too QEMU may have told libxl that it runs: then libxl waits a minute for its answer to "cont", and it is a running guest's QEMU that is stuck.
+func testStartStoppedLate(t *testing.T, phase string) {
+	l := boot(t)
+	faultyImage(t, l)
+	ctx := limit(t, startLimit)
+	armAtBoot(t, ctx, l, "19 "+phase)
+	g, err := tryCreate(t, ctx, faultyConfig("start", ""))
+	t.Logf("xl create: %v after %.1f s", err, g.Created.Seconds())
+	expect(t, ctx, g.Stub, `QEMU has not written "running" for the toolstack yet; libxl gives up|error QEMU is stuck: it does not answer`)
+	expect(t, ctx, g.Stub, `(late|stuck) QEMU proc="process \d+: State=T`)
 }
 
 // The backend's state is moved away from where the frontend looks.
@@ -456,8 +545,22 @@ func TestFaultsStart(t *testing.T) {
 
 func TestFaultsMoreStarts(t *testing.T) {
 	t.Run("QEMU killed in qemu", func(t *testing.T) { testStartKilled(t, "qemu", `FATAL monitor: QEMU ended: killed by SIGKILL`) })
+	t.Run("QEMU killed in bridge", func(t *testing.T) { testStartKilledLate(t, "bridge") })
+	t.Run("QEMU killed in running", func(t *testing.T) { testStartKilledLate(t, "running") })
 	t.Run("QEMU stopped in qemu", func(t *testing.T) { testStartStopped(t, "qemu") })
 	t.Run("QEMU stopped in monitor", func(t *testing.T) { testStartStopped(t, "monitor") })
+	t.Run("QEMU stopped in bridge", func(t *testing.T) { testStartStoppedLate(t, "bridge") })
+	t.Run("QEMU stopped in running", func(t *testing.T) { testStartStoppedLate(t, "running") })
+	t.Run("no serial port backend", func(t *testing.T) {
+		l := boot(t)
+		ctx := limit(t, startLimit)
+		setHook(t, ctx, l, vifHook+`xenstore-write "/local/domain/$s/device/console/3/backend" "/local/domain/0/backend/console/$s/9999"`)
+		published := publishedError(t, l)
+		g := fails(t, ctx, config("noserial"))
+		const want = `FATAL devices: no /dev/hvc3 .*after 15s`
+		expect(t, ctx, g.Stub, want)
+		wantPublished(t, ctx, published, want)
+	})
 	// The guest starts; its NIC has no link.
 	t.Run("no NIC backend", func(t *testing.T) {
 		l := boot(t)
@@ -488,4 +591,208 @@ func TestFaultsMoreStarts(t *testing.T) {
 		expect(t, ctx, g.Stub, want)
 		wantPublished(t, ctx, published, want)
 	})
+}
+
+// A saved state that does not come, or is bad, is said like any other failure to start.
+func TestFaultsRestore(t *testing.T) {
+	l := boot(t)
+	ctx := limit(t, 6*time.Minute)
+	g := create(t, ctx, config("restore"))
+	ready(t, ctx, g)
+	const file = "/root/faults.save"
+	if out, err := l.Run(ctx, `xl save "$1" "$2" 2>&1`, g.Name, file); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	fails := func(t *testing.T, want string) {
+		t.Helper()
+		published := publishedError(t, l)
+		if err := g.Restore(ctx, file); err == nil {
+			t.Error("xl restore ended well")
+		}
+		expect(t, ctx, g.Stub, want)
+		wantPublished(t, ctx, published, want)
+	}
+	t.Run("no console backend", func(t *testing.T) {
+		setHook(t, ctx, l, vifHook+`xenstore-write "/local/domain/$s/device/console/2/backend" "/local/domain/0/backend/console/$s/9999"`)
+		fails(t, `FATAL incoming: nobody serves console 2 after 15s`)
+	})
+	t.Run("damaged state", func(t *testing.T) {
+		// What follows QEMU's magic is its devices.
+		out, err := l.Run(ctx, `
+at=$(grep -abo QEVM "$1" | tail -n 1 | cut -d: -f1) && [ -n "$at" ] &&
+dd if=/dev/zero bs=1 count=4096 seek=$((at + 64)) conv=notrunc of="$1" 2>&1`, file)
+		if err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		fails(t, `FATAL (monitor|bridge|running): QEMU ended: `)
+	})
+	if _, err := l.Run(ctx, `rm "$1"`, file); err != nil {
+		t.Error(err)
+	}
+}
+
+// xl destroy at each phase of the boot leaves nothing behind. A stopped QEMU, or a disk that does not come, keeps the boot where it is to be hit.
+func TestFaultsDestroy(t *testing.T) {
+	l := boot(t)
+	faultyImage(t, l)
+	for _, test := range []struct{ name, phase, hook string }{
+		{"kernel", "", ""},
+		{"devices", "devices", `xenstore-write "/local/domain/$s/device/vbd/768/backend" "/local/domain/0/backend/vbd/$s/9999"`},
+		{"monitor", "monitor", `xenstore-write "/local/domain/$s/data/fault" "19 qemu"`},
+		{"running", "running", `xenstore-write "/local/domain/$s/data/fault" "19 bridge"`},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			ctx := limit(t, 3*time.Minute)
+			if test.hook != "" {
+				setHook(t, ctx, l, stubOnly+test.hook)
+			}
+			g, err := l.NewGuest(ctx, faultyConfig("early", ""))
+			if err != nil {
+				t.Fatal(err)
+			}
+			killer, err := l.Begin(lab.Command{Script: `
+until s=$(xl domid "$1-dm" 2>/dev/null) && g=$(xl domid "$1" 2>/dev/null) && xl list "$s" | grep -q ' [-r][-b]-'; do sleep 0.1; done
+[ -z "$2" ] && sleep 2 # the kernel's own start takes 8 s
+until [ "$(xenstore-read "/local/domain/$s/device-model/$g/stubinit/phase" 2>/dev/null)" = "$2" ]; do sleep 0.1; done
+echo "destroyed at phase $(xenstore-read "/local/domain/$s/device-model/$g/stubinit/phase" 2>&1)"
+xl destroy "$1"`, Args: []string{g.Name, test.phase}, Stdout: os.Stderr, Stderr: os.Stderr})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer killer.Kill()
+			created := g.Create(ctx)
+			if created == nil {
+				t.Error("xl create ended well")
+			}
+			if err := killer.Wait(ctx); err != nil {
+				t.Errorf("not destroyed: %v", err)
+			}
+			t.Logf("xl create: %v after %.1f s", created, g.Created.Seconds())
+			if err := g.Destroy(ctx); err != nil {
+				t.Error(err)
+			}
+			checkClean(t, ctx, l)
+		})
+	}
+}
+
+// rebooted waits for the domain and the stubdomain that xl makes of a guest which has shut down with reason reboot.
+func rebooted(t *testing.T, ctx context.Context, l *lab.Lab, g *lab.Guest) {
+	t.Helper()
+	out, err := l.Run(ctx, `
+for try in {1..600}; do
+	id=$(xl domid "$1" 2>/dev/null) && [ "$id" != "$2" ] && s=$(xl domid "$1-dm" 2>/dev/null) &&
+		[ "$(xenstore-read "/local/domain/$s/device-model/$id/state" 2>/dev/null)" = running ] && echo "domain $2 became $id" &&
+		grep "has shut down" "/var/log/xen/xl-$1.log" && exit 0
+	sleep 0.2
+done
+xl list; exit 1`, g.Name, strconv.Itoa(g.ID))
+	if err != nil {
+		t.Fatalf("no new domain with a running device model: %v\n%s", err, out)
+	}
+	t.Log(out)
+	if want := fmt.Sprintf("Domain %d has shut down, reason code %d ", g.ID, rebootReason); !strings.Contains(out, want) {
+		t.Errorf("xl's log lacks %q", want)
+	}
+}
+
+// The guest's own ways to end are no faults.
+func TestFaultsPower(t *testing.T) {
+	l := boot(t)
+	t.Run("reboot", func(t *testing.T) {
+		ctx := limit(t, 5*time.Minute)
+		g := create(t, ctx, config("reboot"))
+		ready(t, ctx, g)
+		if err := g.Serial.Send("reboot\n"); err != nil {
+			t.Fatal(err)
+		}
+		rebooted(t, ctx, l, g)
+	})
+	t.Run("suspend to memory", func(t *testing.T) {
+		ctx := limit(t, 5*time.Minute)
+		g := create(t, ctx, config("suspend"))
+		ready(t, ctx, g)
+		if err := g.Serial.Send("suspend\n"); err != nil {
+			t.Fatal(err)
+		}
+		for status := ""; !strings.Contains(status, `"status": "suspended"`); status = queryStatus(t, ctx, g) {
+			if ctx.Err() != nil {
+				t.Fatalf("status %s", status)
+			}
+		}
+		if out, err := l.Run(ctx, `xl trigger "$1" s3resume 2>&1`, g.Name); err != nil {
+			t.Fatalf("xl trigger: %v\n%s", err, out)
+		}
+		// The test guest has no place to wake up at. The firmware, which runs again, restarts it then.
+		rebooted(t, ctx, l, g)
+	})
+	t.Run("power off", func(t *testing.T) {
+		ctx := limit(t, 5*time.Minute)
+		g := create(t, ctx, config("poweroff"))
+		ready(t, ctx, g)
+		if err := g.Serial.Send("poweroff\n"); err != nil {
+			t.Fatal(err)
+		}
+		gone(t, ctx, l, g, poweroffReason)
+	})
+}
+
+// The rescue shell shares console 0 with the log. libxl makes that a file, which nobody can type into: here it is a pty.
+func TestFaultsShell(t *testing.T) {
+	l := boot(t)
+	ctx := limit(t, 3*time.Minute)
+	busybox, err := l.Get(ctx, "/usr/bin/busybox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const place = "/root/shell"
+	if err := l.Put(ctx, place, 0o644, bytes.NewReader(imageWith(t, map[string]string{"bin/busybox": string(busybox)}))); err != nil {
+		t.Fatal(err)
+	}
+	// Between libxl's word and dom0's QEMU, which reads it, there is no hook.
+	pty, err := l.Begin(lab.Command{Script: `
+exec 3< <(exec xenstore-watch /local/domain)
+while read -r path <&3; do
+	case $path in
+	/local/domain/*/console/output)
+		[[ $(xenstore-read "${path%/console/output}/name") = shell-dm ]] && exec xenstore-write "$path" pty ;;
+	esac
+done`})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pty.Kill()
+	cfg := config("shell")
+	cfg.Stubdom.Ramdisk, cfg.Stubdom.Cmdline = place, lab.DefaultCmdline+" stubinit.shell"
+	g := create(t, ctx, cfg)
+	ready(t, ctx, g)
+	// An answer, and a line of the log beside it.
+	var out bytes.Buffer
+	reader, err := l.Begin(lab.Command{Script: `
+exec 3<>"$(xenstore-read "/local/domain/$1/console/tty")"
+echo 'echo $((6 * 7)) processes: $(busybox pidof init)' >&3
+answer='' log=''
+while [ -z "$answer" ] || [ -z "$log" ]; do
+	read -r -t 20 line <&3 || exit 1
+	echo "$line"
+	case $line in
+	*"42 processes: 1"*) answer=1 ;;
+	*"qemu "*"xen platform: beside the shell"*) log=1 ;;
+	esac
+done`, Args: []string{strconv.Itoa(g.StubID)}, Stdout: &out})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Kill()
+	for done := false; !done; {
+		ask(t, ctx, g, "unplug log beside the shell")
+		select {
+		case <-reader.Done():
+			done = true
+		case <-time.After(time.Second):
+		}
+	}
+	if err := reader.Wait(ctx); err != nil {
+		t.Errorf("no answer from the shell, or no log beside it: %v\n%s", err, out.String())
+	}
 }

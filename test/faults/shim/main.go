@@ -36,6 +36,7 @@ var phases = []string{"qemu", "monitor", "bridge", "running"}
 var faults = map[string]func(pid int) (string, error){
 	"report":    report,
 	"oom":       oom,
+	"press":     press,
 	"talk":      talk,
 	"panic":     func(int) (string, error) { return "", os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0) },
 	"signals":   signals,
@@ -57,6 +58,13 @@ func main() {
 	}
 	if len(os.Args) == 2 && os.Args[1] == "-orphans" {
 		leaveOrphans()
+		return
+	}
+	if len(os.Args) == 3 && os.Args[1] == "-press" {
+		if err := exceed(os.Args[2]); err != nil {
+			fmt.Println("shim:", err)
+			os.Exit(1)
+		}
 		return
 	}
 	err := dieEarly()
@@ -189,6 +197,60 @@ func talk(int) (string, error) {
 		fmt.Printf("shim: line %d of some that are more than a console's ring has room for\n", i)
 	}
 	return fmt.Sprintf("%d lines", lines), nil
+}
+
+// pressLimit is the limit of a group of processes that takes more, KiB.
+const pressLimit = 1024
+
+// press makes a task wait for memory, which is what pressure is: one in a control group that has taken more than its memory.high sleeps.
+func press(int) (string, error) {
+	const (
+		dir   = "/run/pressure"
+		group = dir + "/small"
+	)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return "", err
+	}
+	if err := unix.Mount("none", dir, "cgroup2", 0, ""); err != nil {
+		return "", err
+	}
+	if err := os.WriteFile(dir+"/cgroup.subtree_control", []byte("+memory"), 0); err != nil {
+		return "", err
+	}
+	if err := os.Mkdir(group, 0o700); err != nil {
+		return "", err
+	}
+	if err := os.WriteFile(group+"/memory.high", []byte(strconv.Itoa(pressLimit<<10)), 0); err != nil {
+		return "", err
+	}
+	p, err := os.StartProcess("/proc/self/exe", []string{"shim", "-press", group}, &os.ProcAttr{Files: []*os.File{nil, os.Stdout, os.Stderr}})
+	if err != nil {
+		return "", err
+	}
+	if state, err := p.Wait(); err != nil || !state.Success() {
+		return "", fmt.Errorf("%v %v", state, err)
+	}
+	stat, err := os.ReadFile("/proc/pressure/memory")
+	if err != nil {
+		return "", err
+	}
+	some, _, _ := strings.Cut(string(stat), "\n")
+	return some, errors.Join(unix.Rmdir(group), unix.Unmount(dir, 0), unix.Rmdir(dir))
+}
+
+// exceed joins a control group, and takes a quarter more than its limit.
+func exceed(group string) error {
+	if err := os.WriteFile(group+"/cgroup.procs", []byte("0"), 0); err != nil {
+		return err
+	}
+	p, err := unix.Mmap(-1, 0, pressLimit<<10*5/4, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	if err != nil {
+		return err
+	}
+	for i := 0; i < len(p); i += 4096 {
+		p[i] = 1
+	}
+	return nil
 }
 
 // oom takes memory until the kernel has ended QEMU. The shim itself is the last one that it would take.
