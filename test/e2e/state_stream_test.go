@@ -85,6 +85,7 @@ func TestStateStream(t *testing.T) {
 		}
 	}
 	const socket = "/run/stream.socket"
+	// xl before 4.20 numbers the first channel 0, which libxl then leaves out.
 	config := fmt.Sprintf(`name = "stream"
 type = "pv"
 kernel = "%s/qemu-stubdom-linux-kernel"
@@ -93,7 +94,7 @@ memory = 192
 vcpus = 1
 extra = "quiet"
 on_crash = "preserve"
-channel = ["name=stream,connection=socket,path=%s"]
+channel = ["name=none,connection=pty", "name=stream,connection=socket,path=%s"]
 `, l.Suite.StubdomDir(), socket)
 	if err := l.Put(ctx, "/root/stream.cfg", 0o644, strings.NewReader(config)); err != nil {
 		t.Fatal(err)

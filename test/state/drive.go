@@ -24,7 +24,7 @@ var moments = []string{
 // lateBy is how long a stream waits for a late guest.
 const lateBy = 500 * time.Millisecond
 
-// roundLimit is the most that a round may take: 4 MiB through a ring of 1 KiB, in an emulator.
+// roundLimit is the most that a round or the guest's start may take: 4 MiB through a ring of 1 KiB, in an emulator.
 const roundLimit = 5 * time.Minute
 
 // A driver sends streams.
@@ -65,8 +65,10 @@ func drive(ctx context.Context, args []string, out io.Writer) error {
 		}
 	}()
 	defer d.conn.Close()
-	if _, err := d.answer(ctx, "ready"); err != nil {
-		return err
+	soon, cancel := context.WithTimeout(ctx, roundLimit)
+	defer cancel()
+	if _, err := d.answer(soon, "ready"); err != nil {
+		return fmt.Errorf("the guest's start: %w", err)
 	}
 	wrong := 0
 	for i := range 2**naive + *rounds {
@@ -143,9 +145,13 @@ func (d *driver) round(ctx context.Context, r request, moment string) (outcome, 
 	return parseOutcome(strings.TrimPrefix(text, fmt.Sprintf("%d ", r.Round)))
 }
 
-// answer waits until the guest has answered with something that begins so.
+// answer waits until the guest has answered with something that begins so, or that it cannot go on.
 func (d *driver) answer(ctx context.Context, prefix string) (string, error) {
-	return d.xs.WaitFor(ctx, d.domain+answerNode, func(value string, exists bool) bool {
-		return exists && strings.HasPrefix(value, prefix)
+	text, err := d.xs.WaitFor(ctx, d.domain+answerNode, func(value string, exists bool) bool {
+		return exists && (strings.HasPrefix(value, prefix) || strings.HasPrefix(value, failed))
 	})
+	if cause, is := strings.CutPrefix(text, failed); err == nil && is {
+		err = fmt.Errorf("the guest cannot go on: %s", cause)
+	}
+	return text, err
 }

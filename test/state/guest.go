@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -16,9 +17,10 @@ import (
 )
 
 const (
-	streamConsole = 1 // an xl.cfg's first channel
-	orderNode     = "data/order"
-	answerNode    = "data/answer"
+	streamName = "stream" // of the channel in xl.cfg
+	orderNode  = "data/order"
+	answerNode = "data/answer"
+	failed     = "failed: " // begins the last answer of a guest that cannot go on
 
 	// silence ends a stream that lacks bytes.
 	silence = 2 * time.Second
@@ -49,11 +51,23 @@ func obey(ctx context.Context) error {
 		return err
 	}
 	defer xs.Close()
-	if err := consring.Wait(ctx, xs, streamConsole); err != nil {
+	err = serve(ctx, xs)
+	if err != nil { // dom0 need not wait for the answer that does not come
+		err = errors.Join(err, xs.Write(ctx, answerNode, failed+err.Error()))
+	}
+	return err
+}
+
+// serve answers orders.
+func serve(ctx context.Context, xs *xenstore.Client) error {
+	console, err := findConsole(ctx, xs, streamName)
+	if err != nil {
 		return err
 	}
-	last := "ready"
-	if err := xs.Write(ctx, answerNode, last); err != nil {
+	if err := consring.Wait(ctx, xs, console); err != nil {
+		return err
+	}
+	if err := xs.Write(ctx, answerNode, "ready"); err != nil {
 		return err
 	}
 	for old := ""; ; {
@@ -67,9 +81,9 @@ func obey(ctx context.Context) error {
 			return fmt.Errorf("order %q: %w", order, err)
 		}
 		answer := func(text string) error { return xs.Write(ctx, answerNode, fmt.Sprintf("%d %s", r.Round, text)) }
-		open := openNaive
+		open := func() (input, error) { return openNaive(console, r) }
 		if r.Way == direct {
-			open = func(request) (input, error) { return openRing(ctx, xs) }
+			open = func() (input, error) { return openRing(ctx, xs, console) }
 		}
 		got, err := receive(open, r, func() error { return answer("open") })
 		if err != nil {
@@ -81,6 +95,21 @@ func obey(ctx context.Context) error {
 	}
 }
 
+// findConsole returns the number of the channel of that name.
+func findConsole(ctx context.Context, xs *xenstore.Client, name string) (int, error) {
+	consoles, err := xs.List(ctx, "device/console")
+	if err != nil {
+		return 0, err
+	}
+	for _, console := range consoles {
+		got, err := xs.ReadString(ctx, "device/console/"+console+"/name")
+		if err == nil && got == name {
+			return strconv.Atoi(console)
+		}
+	}
+	return 0, fmt.Errorf("none of the consoles %q is the channel %s", consoles, name)
+}
+
 // An input gives bytes of a stream, and 0 when none come within a while.
 type input interface {
 	read(p []byte, within time.Duration) (int, error)
@@ -88,8 +117,8 @@ type input interface {
 }
 
 // receive opens the console and reads a stream from it.
-func receive(open func(request) (input, error), r request, opened func() error) ([]byte, error) {
-	in, err := open(r)
+func receive(open func() (input, error), r request, opened func() error) ([]byte, error) {
+	in, err := open()
 	if err != nil {
 		return nil, err
 	}
@@ -117,8 +146,8 @@ type ringInput struct {
 	ctx context.Context
 }
 
-func openRing(ctx context.Context, xs *xenstore.Client) (input, error) {
-	ring, err := consring.Open(ctx, xs, streamConsole, 0)
+func openRing(ctx context.Context, xs *xenstore.Client, console int) (input, error) {
+	ring, err := consring.Open(ctx, xs, console, 0)
 	return ringInput{ring, ctx}, err
 }
 
@@ -137,8 +166,8 @@ type ttyInput struct{ *os.File }
 
 // openNaive opens the console like any file, and makes it raw after a while. That may be soon enough, as khvcd and the
 // kworker must run in between for a byte to be lost.
-func openNaive(r request) (input, error) {
-	path := fmt.Sprintf("/dev/hvc%d", streamConsole)
+func openNaive(console int, r request) (input, error) {
+	path := fmt.Sprintf("/dev/hvc%d", console)
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}

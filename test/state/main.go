@@ -1,7 +1,7 @@
 // Command state shows that a console brings every byte to a domain that opens it through package consring, as stubinit
 // does for the state of a restore. It is both sides:
 //
-//	state (as /init)                    a PV guest, which reads streams from console 1
+//	state (as /init)                    a PV guest, which reads streams from its channel "stream"
 //	state drive -domid N -socket PATH   in dom0: sends them through the guest's channel device, and says what arrived
 //
 // A channel's backend is the same as that of a stubdomain's consoles: dom0's QEMU.
