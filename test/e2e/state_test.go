@@ -43,29 +43,51 @@ const (
 	seed    = 4711
 	diskLBA = 2048
 	cmosReg = 0x40
+
+	savedNICs = 2
+	savedHost = "198.51.100.1" // dom0
+	pingTries = 10             // each waits for 2 s of the guest's
 )
 
 func (s *saved) ask(command string) string {
 	s.t.Helper()
+	status, rest := s.try(command)
+	if status != "ok" {
+		s.t.Fatalf("the guest answers %q with %s %s", command, status, rest)
+	}
+	return rest
+}
+
+// try returns the guest's answer: ok or err, and what follows the command's name.
+func (s *saved) try(command string) (status, rest string) {
+	s.t.Helper()
+	name, _, _ := strings.Cut(command, " ")
+	pattern := `^(ok|err) ` + name + `\b *([^\r\n]*)\r?\n`
 	if s.tty == "" {
-		return ask(s.t, s.ctx, s.g, command)
+		if err := s.g.Serial.Send(command + "\n"); err != nil {
+			s.t.Fatal(err)
+		}
+		m := expect(s.t, s.ctx, s.g.Serial, pattern)
+		return m[1], m[2]
 	}
 	out, err := s.l.Run(s.ctx, `
 exec 3<>"$1"
 echo "$2" >&3
 while read -r -t 60 line <&3; do
-	case $line in "ok ${2%% *}"*) echo "$line"; exit ;; "err "*) echo "$line" >&2; exit 1 ;; esac
+	case $line in "ok ${2%% *}"* | "err ${2%% *}"*) echo "$line"; exit ;; esac
 done
 echo "no answer" >&2; exit 1`, s.tty, command)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	_, rest, _ := strings.Cut(strings.TrimSpace(out), " ")
-	_, rest, _ = strings.Cut(rest, " ")
-	return rest
+	m := regexp.MustCompile(pattern).FindStringSubmatch(out)
+	if m == nil {
+		s.t.Fatalf("the guest answers %q with %q", command, out)
+	}
+	return m[1], m[2]
 }
 
-// fill gives memory, the VGA's memory, CMOS and the disk something to keep.
+// fill gives memory, the VGA's memory, CMOS, the disk and the NICs something to keep.
 func (s *saved) fill() {
 	s.t.Helper()
 	s.id = field(s.t, s.ask("info"), "id")
@@ -75,7 +97,23 @@ func (s *saved) fill() {
 	} {
 		s.ask(command)
 	}
+	for i := range savedNICs {
+		s.ask(fmt.Sprintf("nic %d up 198.51.100.%d", i, 10+i))
+	}
 	s.clock()
+}
+
+// ping says that dom0 answers a NIC, which has not been set up anew. It may take a while after a restore until its backend has connected.
+func (s *saved) ping(nic int) {
+	s.t.Helper()
+	var rest string
+	for range pingTries {
+		var status string
+		if status, rest = s.try(fmt.Sprintf("nic %d ping %s", nic, savedHost)); status == "ok" {
+			return
+		}
+	}
+	s.t.Errorf("NIC %d: no answer to %d pings, the last: %s", nic, pingTries, rest)
 }
 
 // check says that it is the same guest, that it went on where it was, and has kept everything.
@@ -93,6 +131,9 @@ func (s *saved) check() {
 	}
 	if got := s.ask("cd 2 size"); field(t, got, "bytes") != fmt.Sprint(cdBytes) {
 		t.Errorf("cd: %s, want %d bytes", got, cdBytes)
+	}
+	for i := range savedNICs {
+		s.ping(i)
 	}
 	// The clock runs, and at the right speed.
 	s.ask("sleep 300")
@@ -219,6 +260,14 @@ func newSaved(t *testing.T, ctx context.Context, name string, armed bool) *saved
 	if _, err := l.Run(ctx, `head -c "$2" /dev/urandom >"$1"`, cdFile, fmt.Sprint(cdBytes)); err != nil {
 		t.Fatal(err)
 	}
+	if _, err := l.Run(ctx, `ip address replace "$1"/24 dev xenbr0`, savedHost); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if _, err := l.Run(cleanup(t), `ip address del "$1"/24 dev xenbr0`, savedHost); err != nil {
+			t.Error(err)
+		}
+	})
 	cfg := config(name)
 	cfg.Disks = append(cfg.Disks, lab.Disk{VDev: "hdc", File: cdFile, CDROM: true})
 	cfg.VIFs = append(cfg.VIFs, "mac=00:16:3e:00:00:02,model=rtl8139,bridge=xenbr0")
@@ -236,9 +285,9 @@ func newSaved(t *testing.T, ctx context.Context, name string, armed bool) *saved
 	return s
 }
 
-// What every change runs: a guest is saved while it goes on, twice at once and then once more, restored, and loses its QEMU in a save.
+// What every change runs: a guest is saved while it goes on, twice at once and then once more, restored, saved and restored again, and loses its QEMU in a save.
 func TestState(t *testing.T) {
-	ctx := limit(t, 5*time.Minute)
+	ctx := limit(t, 6*time.Minute)
 	s := newSaved(t, ctx, "state", true)
 	var good string
 	s.sub("two at once", func(s *saved) { good = s.twoAtOnce() })
@@ -251,13 +300,14 @@ func TestState(t *testing.T) {
 		if want := "console 1 has carried a state already"; !strings.Contains(out, want) {
 			s.t.Errorf("xl does not say %q:\n%s", want, out)
 		}
-		s.check() // it goes on
+		s.clock() // it goes on
 	})
 	s.sub("restore", func(s *saved) {
 		s.look = nil // the guest has gone on since that save
 		s.restore(good)
 		s.check()
 	})
+	s.sub("round 2", func(s *saved) { s.round() })
 	s.sub("QEMU dies", func(s *saved) { s.kill() })
 }
 
@@ -271,14 +321,7 @@ func TestStateWays(t *testing.T) {
 	}
 	s := newSaved(t, ctx, "ways", false)
 	for i := range rounds {
-		s.sub(fmt.Sprint("round ", i+1), func(s *saved) {
-			if out, err := s.save(s.g.Name, "/root/round.save"); err != nil {
-				s.t.Fatalf("%v\n%s", err, out)
-			}
-			s.timing()
-			s.restore("/root/round.save")
-			s.check()
-		})
+		s.sub(fmt.Sprint("round ", i+1), func(s *saved) { s.round() })
 	}
 	s.sub("migrate", func(s *saved) { s.migrate(); s.check() })
 	s.sub("save and migrate at once", func(s *saved) { s.saveAndMigrate(); s.check() })
@@ -304,6 +347,19 @@ func TestStateWays(t *testing.T) {
 		}
 		s.check() // it goes on
 	})
+}
+
+// round saves the guest, which ends it, and brings it back.
+func (s *saved) round() {
+	t := s.t
+	t.Helper()
+	const file = "/root/round.save"
+	if out, err := s.save(s.g.Name, file); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	s.timing()
+	s.restore(file)
+	s.check()
 }
 
 // under is what a refused save says: at its first command, and of its cont.
@@ -499,10 +555,15 @@ echo "$old MiB, now $now"`, fmt.Sprint(s.g.StubID), fmt.Sprint(mib))
 			}
 			s.t.Logf("stubdomain had %s", strings.TrimSpace(out))
 		}
-		balloon(240) // leaves less than the state needs
+		m := regexp.MustCompile(`info memory .*available_mib=(\d+)`).FindStringSubmatch(s.g.Stub.Text())
+		if m == nil {
+			s.t.Fatal("the log does not say how much memory is available")
+		}
+		available, _ := strconv.Atoi(m[1])
+		balloon(cfg.Stubdom.Memory - available + mib + 4) // less than the state and what must stay free
 		out, err := s.save(s.g.Name, "/root/large.save")
 		if want := "raise stubdomain_memory in xl.cfg"; err == nil || !strings.Contains(out, want) {
-			s.t.Errorf("%v; xl does not say %q:\n%s", err, want, out)
+			s.t.Fatalf("%v; xl does not say %q:\n%s", err, want, out)
 		}
 		expect(s.t, ctx, s.g.Stub, `save failed; the guest goes on.*: raise stubdomain_memory`)
 		s.ask("echo alive")
