@@ -92,7 +92,7 @@ kernel = "%s/qemu-stubdom-linux-kernel"
 ramdisk = "/root/state.cpio"
 memory = 192
 vcpus = 1
-extra = "quiet"
+extra = "quiet initcall_blacklist=boot_wait_for_devices"
 on_crash = "preserve"
 channel = ["name=none,connection=pty", "name=stream,connection=socket,path=%s"]
 `, l.Suite.StubdomDir(), socket)
@@ -110,8 +110,28 @@ channel = ["name=none,connection=pty", "name=stream,connection=socket,path=%s"]
 			t.Error(err)
 		}
 	})
-	if _, err := l.Run(ctx, `xl create /root/stream.cfg`); err != nil {
+	// The console's backend is late: it runs only when the guest waits for it.
+	state, err := l.Run(ctx, `
+set -e
+xl create -p /root/stream.cfg
+domain=/local/domain/$(xl domid stream)
+qemu=$(xenstore-read "$domain/image/device-model-pid")
+trap 'kill -CONT "$qemu"' EXIT
+kill -STOP "$qemu"
+xl unpause stream
+for try in {1..600}; do
+	answer=$(xenstore-read "$domain/data/answer" 2>/dev/null) && break
+	sleep 0.1
+done
+for console in $(xenstore-list "$domain/device/console"); do
+	[ "$(xenstore-read "$domain/device/console/$console/name" 2>/dev/null)" != stream ] ||
+		echo "$answer, state $(xenstore-read "$(xenstore-read "$domain/device/console/$console/backend")/state")"
+done`)
+	if err != nil {
 		t.Fatal(err)
+	}
+	if !regexp.MustCompile(`(?m)^waits for the console, state [^4]$`).MatchString(state) {
+		t.Errorf("the guest does not wait for the backend: %q", state)
 	}
 	out, err := l.Run(ctx, `/root/state drive -domid "$(xl domid stream)" -socket "$1" -rounds "$2" -bytes "$3"`, socket, fmt.Sprint(rounds), fmt.Sprint(size))
 	t.Logf("%s", out)

@@ -64,6 +64,9 @@ func serve(ctx context.Context, xs *xenstore.Client) error {
 	if err != nil {
 		return err
 	}
+	if err := xs.Write(ctx, answerNode, "waits for the console"); err != nil {
+		return err
+	}
 	if err := consring.Wait(ctx, xs, console); err != nil {
 		return err
 	}
