@@ -183,6 +183,33 @@ func TestSave(t *testing.T) {
 			b.toolstack.expect(saved)
 			b.toolstack.expectClose()
 		}, []string{"prepare", "commit"}, ""},
+		{"QEMU goes, and commit fails for that", false, true, func(b bridge) {
+			toQEMU(b)
+			b.qemu.send(saved)
+			synctest.Wait()
+			b.qemu.Close()
+			synctest.Wait()
+			start := time.Now()
+			b.commit <- errQEMUClosed
+			b.toolstack.expect(errorAnswer(`"s"`, "hand the device state to the toolstack: QEMU closed its monitor"))
+			b.toolstack.expectClose()
+			if took := time.Since(start); took != drainLimit { // else libxl would see the end before the error
+				b.Errorf("closed after %v, want %v", took, drainLimit)
+			}
+		}, []string{"prepare", "commit", "abort: hand the device state to the toolstack: QEMU closed its monitor"}, ""},
+		{"commit fails, for QEMU goes", false, true, func(b bridge) {
+			b.toolstack.send(saveRequest)
+			b.qemu.expect(saveRequest + "\n")
+			b.qemu.send(saved)
+			b.commit <- errQEMUClosed
+			b.toolstack.expect(errorAnswer(`"s"`, "hand the device state to the toolstack: QEMU closed its monitor"))
+			start := time.Now()
+			b.qemu.Close()
+			b.toolstack.expectClose()
+			if took := time.Since(start); took != drainLimit {
+				b.Errorf("closed after %v, want %v", took, drainLimit)
+			}
+		}, []string{"prepare", "commit", "abort: hand the device state to the toolstack: QEMU closed its monitor"}, ""},
 		{"QEMU goes and commit hangs", false, true, func(b bridge) {
 			toQEMU(b)
 			b.qemu.send(saved)

@@ -92,6 +92,7 @@ type session struct {
 	committing bool     // delivering does
 	aborting   bool     // the session's end does
 	saving     *request // prepared, and neither answered nor aborted
+	saveFailed bool
 	saved      *request // a save that QEMU has got; the requests after it wait until its answer has left
 
 	inBand     []*request  // sent, not answered, in order
@@ -601,8 +602,8 @@ func (s *session) qemuGone(err error) {
 	}
 	s.inBand, s.outOfBand = nil, nil
 	// libxl, which waits for an answer, looks for the connection's end first, and would not read the error: it has drainLimit to
-	// close by itself.
-	if len(unanswered) == 0 {
+	// close by itself. So it does with the answer of a save that is being handed over, or could not be: for that, QEMU's end may be the reason.
+	if len(unanswered) == 0 && s.saving == nil && !s.saveFailed {
 		s.toToolstack.put(answer{end: cause}, 0)
 	}
 	s.limit = time.AfterFunc(drainLimit, func() { s.end(cause) })
@@ -687,7 +688,7 @@ func (s *session) commit(a *answer) {
 		s.committing = false
 		a.line, a.good = line, err == nil
 		if err != nil {
-			s.saving = nil
+			s.saving, s.saveFailed = nil, true
 		}
 	})
 }
