@@ -165,3 +165,6 @@ func (l *lines) Write(b []byte) (int, error) {
 	}
 	return len(b), nil
 }
+
+// Lines is a Writer for a Command that calls f for each whole line.
+func Lines(f func(line string)) io.Writer { return &lines{f: f} }
