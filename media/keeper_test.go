@@ -232,7 +232,10 @@ func (b *bench) disk(devid int, medium string) {
 	b.seq++
 	b.must(os.MkdirAll(filepath.Join(b.dir, "sys/block", name), 0o755))
 	b.must(os.WriteFile(filepath.Join(b.dir, "sys/block", name, "diskseq"), fmt.Appendln(nil, b.seq), 0o644))
-	b.must(os.WriteFile(filepath.Join(b.dir, "dev", name), []byte(medium), 0o600))
+	// With its contents at once, as a disk has them: the keeper may be looking.
+	node := filepath.Join(b.dir, "node")
+	b.must(os.WriteFile(node, []byte(medium), 0o600))
+	b.must(os.Rename(node, filepath.Join(b.dir, "dev", name)))
 }
 
 func (b *bench) noDisk(devid int) {
