@@ -661,7 +661,8 @@ xl destroy "$1"`, Args: []string{g.Name, test.phase}, Stdout: os.Stderr, Stderr:
 			}
 			defer killer.Kill()
 			created := g.Create(ctx)
-			if created == nil {
+			// At its end xl asks no more whether the guest is there.
+			if created == nil && test.phase != "running" {
 				t.Error("xl create ended well")
 			}
 			if err := killer.Wait(ctx); err != nil {
