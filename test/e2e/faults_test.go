@@ -361,9 +361,9 @@ type death struct {
 
 const tell = `xenstore-write "/local/domain/$1/data/fault" `
 
-// run ends guests, and compares the mean time to libxl's event with the second that there is for it.
-func (d death) run(t *testing.T, l *lab.Lab) (took float64, ok bool) {
-	ok = t.Run(d.name, func(t *testing.T) {
+// run ends a guest, and returns the seconds to libxl's event; 0 if the test failed, or -run leaves it out.
+func (d death) run(t *testing.T, l *lab.Lab) (took float64) {
+	t.Run(d.name, func(t *testing.T) {
 		ctx := limit(t, 3*time.Minute)
 		g := create(t, ctx, faultyConfig("mortal", d.cmdline))
 		ready(t, ctx, g)
@@ -375,20 +375,21 @@ func (d death) run(t *testing.T, l *lab.Lab) (took float64, ok bool) {
 		gone(t, ctx, l, g, d.reason)
 		t.Logf("%s: %.2f s to libxl's event", d.name, took)
 	})
-	return took, ok
+	return took
 }
 
+// testDeaths compares the mean time to libxl's event with the second that there is for it.
 func testDeaths(t *testing.T, deaths []death) {
 	l := boot(t)
 	faultyImage(t, l)
 	sum, n := 0.0, 0
 	for _, d := range deaths {
-		if took, ok := d.run(t, l); ok && d.delay == 0 {
+		if took := d.run(t, l); took > 0 && d.delay == 0 {
 			sum, n = sum+took, n+1
 		}
 	}
 	if n == 0 {
-		t.Fatal("no death whose time counts")
+		return // those that ran have failed, or their time does not count
 	}
 	t.Logf("mean time to libxl's domain-death event: %.2f s of %d", sum/float64(n), n)
 	if sum > float64(n) {
