@@ -264,6 +264,36 @@ func TestSave(t *testing.T) {
 	}
 }
 
+// A defect ends the session that meets it, not the agent: the next one is served.
+func TestPanic(t *testing.T) {
+	in(t, Options{PCIReady: func(context.Context, string) error { panic("oh no") }}, func(t *testing.T, b *bench) {
+		toolstack, qemu := b.session()
+		toolstack.send(`{"execute":"device_add","arguments":{"driver":"xen-pci-passthrough","hostaddr":"03:00.0"}}`)
+		toolstack.expectClose()
+		qemu.expectClose()
+		_, qemu = b.session()
+		qemu.Close()
+		b.stop()
+		for _, want := range []string{`level=ERROR msg="a defect of stubinit ends this QMP session`, `panic="oh no"`, "TestPanic", `cause="panic: oh no"`} {
+			if !strings.Contains(b.log.String(), want) {
+				t.Errorf("log has no %q:\n%s", want, b.log)
+			}
+		}
+	})
+	in(t, Options{}, func(t *testing.T, b *bench) {
+		ours, theirs := newWire()
+		b.ln.conns <- broken{ours}
+		newPeer(t, theirs).expectClose()
+		b.qemu().expectClose()
+		b.session()
+	})
+}
+
+// broken panics when it is read.
+type broken struct{ wireEnd }
+
+func (broken) TryRead([]byte) (int, error) { panic("oh no") }
+
 func TestHold(t *testing.T) {
 	const add = `{"execute":"device_add","id":1,"arguments":{"driver":"xen-pci-passthrough","id":"pci-pt-03_00.0","hostaddr":"0000:03:00.0"}}`
 	for _, tt := range []struct {

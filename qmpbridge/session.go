@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"reflect"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -157,12 +158,26 @@ func (s *session) kick() {
 		return // whoever runs step runs it again
 	}
 	for n := int32(1); ; {
-		s.step()
+		s.guarded(s.step)
 		if s.kicks.CompareAndSwap(n, 0) {
 			return
 		}
 		n = s.kicks.Load()
 	}
+}
+
+// guarded calls f. A panic, which is a defect, ends the session; on the goroutine that it runs on it would end the agent.
+func (s *session) guarded(f func()) {
+	defer func() {
+		if r := recover(); r != nil {
+			s.log.Error("a defect of stubinit ends this QMP session: please report it with this log", "panic", r, "stack", string(debug.Stack()))
+			s.end(fmt.Errorf("panic: %v", r))
+			s.toolstack.Close()
+			s.qemu.Close()
+			s.once.Do(func() { close(s.done) })
+		}
+	}()
+	f()
 }
 
 // post has step call f.
@@ -175,10 +190,10 @@ func (s *session) post(f func()) {
 
 // beside does job, which waits, on a goroutine of its own; then step goes on with then.
 func (s *session) beside(job func(), then func()) {
-	go func() {
+	go s.guarded(func() {
 		job()
 		s.post(then)
-	}()
+	})
 }
 
 func (s *session) over() bool { return s.ctx.Err() != nil }
