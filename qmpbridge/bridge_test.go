@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stubinit/stubinit/internal/fdio"
+	"github.com/stubinit/stubinit/internal/fdio/fdiotest"
 )
 
 const greeting = `{"QMP": {"version": {"qemu": {"micro": 0, "minor": 0, "major": 10}, "package": ""}, "capabilities": ["oob"]}}`
@@ -761,26 +762,6 @@ func unixPair(t testing.TB, p *fdio.Poller) (ours *streamConn, theirs net.Conn) 
 	return &streamConn{fd: c}, theirs
 }
 
-// newPoller gives a Poller that somebody waits in until the test's end.
-func newPoller(t testing.TB) *fdio.Poller {
-	p, err := fdio.NewPoller()
-	if err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for p.Wait() == nil {
-		}
-	}()
-	t.Cleanup(func() {
-		p.Interrupt()
-		<-done
-		p.Close()
-	})
-	return p
-}
-
 // A streamConn is a Stream that a net.Listener can give.
 type streamConn struct {
 	net.Conn // nil
@@ -798,7 +779,7 @@ func BenchmarkRoundTrip(b *testing.B) {
 	for _, size := range []int{2, 900 << 10} {
 		b.Run(fmt.Sprintf("answer=%d", size), func(b *testing.B) {
 			checkGoroutines(b)
-			poller := newPoller(b)
+			poller := fdiotest.NewPoller(b)
 			ours, q := unixPair(b, poller)
 			bn := newBench(b, Options{
 				Dial: func(context.Context) (Monitor, error) { return ours, nil },

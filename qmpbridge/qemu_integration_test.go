@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stubinit/stubinit/internal/fdio"
+	"github.com/stubinit/stubinit/internal/fdio/fdiotest"
 )
 
 // A realQEMU is a QEMU without a machine, and a bridge to its monitor.
@@ -65,7 +66,7 @@ func prepareQEMU(t *testing.T, o Options) (q *realQEMU, start func()) {
 		t.Fatal(err)
 	}
 
-	q.poller = newPoller(t)
+	q.poller = fdiotest.NewPoller(t)
 	o.Dial = func(context.Context) (Monitor, error) { return fdio.DialUnix(q.poller, bridged) }
 	q.cmd = exec.Command(path, "-M", "none", "-nodefaults", "-display", "none", "-S",
 		"-chardev", "socket,id=stubinit-0,fd=3,server=on,wait=off", "-mon", "chardev=stubinit-0,mode=control",

@@ -10,28 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stubinit/stubinit/internal/fdio"
+	"github.com/stubinit/stubinit/internal/fdio/fdiotest"
 	"github.com/stubinit/stubinit/internal/qmp"
 )
-
-// newPoller gives a Poller that somebody waits in until the test's end.
-func newPoller(t *testing.T) *fdio.Poller {
-	p, err := fdio.NewPoller()
-	if err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for p.Wait() == nil {
-		}
-	}()
-	t.Cleanup(func() {
-		p.Interrupt()
-		<-done
-		p.Close()
-	})
-	return p
-}
 
 // waiting is a Conn whose calls wait.
 type waiting struct {
@@ -76,7 +57,7 @@ func TestLastMonitor(t *testing.T) {
 	version.QEMU.Major = 10
 	last := newLastMonitor(version)
 	a := newAgent()
-	a.poller = newPoller(t)
+	a.poller = fdiotest.NewPoller(t)
 	a.last.Store(last)
 	ctx, cancel := context.WithTimeout(t.Context(), waitLimit)
 	defer cancel()
@@ -141,7 +122,7 @@ func TestDialDeadQEMU(t *testing.T) {
 		t.Fatal(err)
 	}
 	a := newAgent()
-	a.poller = newPoller(t)
+	a.poller = fdiotest.NewPoller(t)
 	a.monitor = qmp.New(nil)
 	a.stopped.Store(true)
 	conn, err := a.dialMonitor(path)

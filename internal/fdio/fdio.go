@@ -31,27 +31,6 @@ func Read(conn syscall.RawConn, b []byte) (n int, err error) {
 	return n, err
 }
 
-// Write writes all of b, waiting in Go's poller for room. Errors are as Read's.
-func Write(conn syscall.RawConn, b []byte) (written int, err error) {
-	waitErr := conn.Write(func(fd uintptr) bool {
-		for {
-			var n int
-			n, err = call(unix.SYS_WRITE, fd, b[written:])
-			written += n
-			switch {
-			case err == unix.EAGAIN:
-				return false
-			case err != nil || written == len(b):
-				return true
-			}
-		}
-	})
-	if waitErr != nil {
-		return written, waitErr
-	}
-	return written, err
-}
-
 // ReadNow reads once from a descriptor that does not block; unix.EAGAIN if there is nothing.
 func ReadNow(fd int, b []byte) (int, error) { return call(unix.SYS_READ, uintptr(fd), b) }
 

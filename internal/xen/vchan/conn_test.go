@@ -126,6 +126,31 @@ func TestNetConn(t *testing.T) {
 	}
 }
 
+// wantEcho writes 1 MiB in pieces of random sizes, and reads it back meanwhile.
+func wantEcho(t *testing.T, c *vchantest.Client) {
+	t.Helper()
+	rnd := rand.New(rand.NewSource(1))
+	want := make([]byte, 1<<20)
+	rnd.Read(want)
+	go func() {
+		for rest := want; len(rest) > 0; {
+			n := min(1+rnd.Intn(5000), len(rest))
+			if _, err := c.Write(rest[:n]); err != nil {
+				t.Error(err)
+				return
+			}
+			rest = rest[n:]
+		}
+	}()
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(c, got); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Error("echo differs")
+	}
+}
+
 // TestEcho sends every size once around the ring in both directions at once,
 // so that every offset sees a wrap-around.
 func TestEcho(t *testing.T) {
@@ -138,26 +163,7 @@ func TestEcho(t *testing.T) {
 				_, err := io.Copy(struct{ io.Writer }{s}, struct{ io.Reader }{s})
 				done <- err
 			}()
-			rnd := rand.New(rand.NewSource(1))
-			want := make([]byte, 1<<20)
-			rnd.Read(want)
-			go func() {
-				for rest := want; len(rest) > 0; {
-					n := min(1+rnd.Intn(5000), len(rest))
-					if _, err := c.Write(rest[:n]); err != nil {
-						t.Error(err)
-						return
-					}
-					rest = rest[n:]
-				}
-			}()
-			got := make([]byte, len(want))
-			if _, err := io.ReadFull(c, got); err != nil {
-				t.Fatal(err)
-			}
-			if !bytes.Equal(got, want) {
-				t.Error("echo differs")
-			}
+			wantEcho(t, c)
 			c.Close()
 			if err := <-done; err != nil {
 				t.Errorf("server's copy ended with %v, want end of file", err)

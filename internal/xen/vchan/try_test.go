@@ -1,10 +1,8 @@
 package vchan_test
 
 import (
-	"bytes"
 	"errors"
 	"io"
-	"math/rand"
 	"net"
 	"testing"
 	"time"
@@ -69,26 +67,7 @@ func TestTryEcho(t *testing.T) {
 					}
 				}
 			}()
-			rnd := rand.New(rand.NewSource(1))
-			want := make([]byte, 1<<20)
-			rnd.Read(want)
-			go func() {
-				for rest := want; len(rest) > 0; {
-					n := min(1+rnd.Intn(5000), len(rest))
-					if _, err := c.Write(rest[:n]); err != nil {
-						t.Error(err)
-						return
-					}
-					rest = rest[n:]
-				}
-			}()
-			got := make([]byte, len(want))
-			if _, err := io.ReadFull(c, got); err != nil {
-				t.Fatal(err)
-			}
-			if !bytes.Equal(got, want) {
-				t.Error("echo differs")
-			}
+			wantEcho(t, c)
 			c.Close()
 			if err := <-done; err != io.EOF {
 				t.Errorf("the server's copy ended with %v, want end of file", err)
