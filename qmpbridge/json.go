@@ -81,14 +81,18 @@ func (m *message) raw(f member) []byte {
 }
 
 // str gives a member that is a string, "" for anything else and for a string
-// longer than any command's name.
-func (m *message) str(f member) string {
+// longer than any command's name. guess is given back if it is that, so that what
+// comes again and again is not allocated each time.
+func (m *message) str(f member, guess string) string {
 	raw := m.raw(f)
-	if len(raw) == 0 || len(raw) > 256 || raw[0] != '"' {
+	if len(raw) < 2 || len(raw) > 256 || raw[0] != '"' {
 		return ""
 	}
 	if bytes.IndexByte(raw, '\\') < 0 {
-		return string(raw[1 : len(raw)-1])
+		if text := raw[1 : len(raw)-1]; string(text) != guess {
+			return string(text)
+		}
+		return guess
 	}
 	var s string
 	_ = json.Unmarshal(raw, &s) // it is valid
@@ -117,6 +121,7 @@ type splitter struct {
 	unread []byte // part of chunk
 	broken bool
 	m      message // that has begun, when its size is not 0
+	given  bool    // m was next's, and is over
 	scan   scanner
 	spare  []byte // a buffer for a value that does not come in one chunk
 }
@@ -127,7 +132,17 @@ const (
 )
 
 func newSplitter(read func([]byte) (int, error), limit int, discard bool) *splitter {
-	return &splitter{read: read, limit: limit, discard: discard, chunk: make([]byte, chunkSize)}
+	s := &splitter{read: read, limit: limit, discard: discard, chunk: make([]byte, chunkSize)}
+	s.scan.spans = &s.m.spans
+	return s
+}
+
+// keep makes m valid until its text is released.
+func (s *splitter) keep(m *message) {
+	if !m.kept {
+		m.text = append(s.spare, m.text...)
+		m.kept, s.spare = true, nil
+	}
 }
 
 // drop releases a message that nobody wants, or no longer.
@@ -144,16 +159,19 @@ func (s *splitter) release(text []byte) {
 	}
 }
 
-// next gives the next value. It fails with errNothingYet, and goes on with the
+// next gives the next value, until it is called again. It fails with errNothingYet, and goes on with the
 // next call; with a *syntaxError, after which it only reads and drops what still
 // comes; with io.EOF between values; and with io.ErrUnexpectedEOF inside of one.
-func (s *splitter) next() (message, error) {
+func (s *splitter) next() (*message, error) {
 	for s.broken {
 		if n, err := s.read(s.chunk); err != nil {
-			return message{}, err
+			return nil, err
 		} else if n == 0 {
-			return message{}, errNothingYet
+			return nil, errNothingYet
 		}
+	}
+	if s.given {
+		s.m, s.given = message{}, false
 	}
 	for {
 		if s.m.size == 0 {
@@ -165,24 +183,23 @@ func (s *splitter) next() (message, error) {
 			case n > 0: // an error comes again with the next call
 				continue
 			case err == nil:
-				return message{}, errNothingYet
+				return nil, errNothingYet
 			case s.m.size > 0 && errors.Is(err, io.EOF):
-				return message{}, io.ErrUnexpectedEOF
+				return nil, io.ErrUnexpectedEOF
 			}
-			return message{}, err
+			return nil, err
 		}
 		if s.m.size == 0 {
-			s.scan = scanner{spans: &s.m.spans}
+			s.scan.begin()
 		}
 		done, err := s.take()
 		if err != nil {
 			s.broken, s.unread = true, nil
-			return message{}, &syntaxError{err.Error(), s.m.raw(memberID)}
+			return nil, &syntaxError{err.Error(), s.m.raw(memberID)}
 		}
 		if done {
-			m := s.m
-			s.m = message{}
-			return m, nil
+			s.given = true
+			return &s.m, nil
 		}
 	}
 }
@@ -272,6 +289,13 @@ type scanner struct {
 	literal  string // what is left of true, false, null
 	newlines bool
 	high     bool // has bytes ≥ 0x80
+}
+
+// begin makes the scanner ready for another value.
+func (s *scanner) begin() {
+	s.state, s.depth, s.off = wantValue, 0, 0
+	s.key, s.current = false, memberNone
+	s.newlines, s.high = false, false
 }
 
 // keyMax is more than any known name needs with each byte written as \u00XX.
@@ -373,14 +397,15 @@ func (s *scanner) scan(b []byte) (n int, done bool, err error) {
 			}
 
 		case inString:
-			var all byte
-			start := i
-			for i < len(b) && plain[b[i]] {
-				all |= b[i]
-				i++
-			}
-			s.high = s.high || all >= 0x80
-			if s.key {
+			start, high := i, false
+			i, high = skipPlain(b, i)
+			s.high = s.high || high
+			if s.key && s.depth == 1 {
+				if s.keyLen == 0 && i < len(b) && b[i] == '"' { // as nearly all are: in one piece, and without escapes
+					s.current = memberNamed(b[start:i])
+					s.state = wantColon
+					continue
+				}
 				s.addKey(b[start:i])
 			}
 			switch {
@@ -461,6 +486,24 @@ const (
 	afterKey = uint32('"') | ':'<<8 | ' '<<16 | '"'<<24
 	nextItem = uint32('"') | ','<<8 | ' '<<16 | '"'<<24
 )
+
+// skipPlain gives where, from b[i] on, a byte is special in a string, or len(b), and whether
+// bytes ≥ 0x80 came before that, or soon after.
+func skipPlain(b []byte, i int) (end int, high bool) {
+	var all uint64
+	for ; i <= len(b)-8; i += 8 {
+		w := binary.LittleEndian.Uint64(b[i:])
+		quote, slash := w^ones*'"', w^ones*'\\'
+		all |= w
+		if special := ((quote-ones)&^quote | (slash-ones)&^slash | (w-ones*' ')&^w) & tops; special != 0 {
+			return i + bits.TrailingZeros64(special)/8, all&tops != 0
+		}
+	}
+	for ; i < len(b) && plain[b[i]]; i++ {
+		all |= uint64(b[i])
+	}
+	return i, all&tops != 0
+}
 
 // skim goes on from b[i] as scan does, where scan has nothing to note: below the
 // outermost value's members. That is most of a large answer, and here it costs a few

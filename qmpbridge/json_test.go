@@ -238,7 +238,7 @@ func BenchmarkSplit(b *testing.B) {
 		if err != nil || m.size != big.Len() {
 			b.Fatal(m.size, err)
 		}
-		s.drop(&m)
+		s.drop(m)
 	}
 }
 

@@ -48,12 +48,17 @@ type request struct {
 
 // An answer is one line for the toolstack.
 type answer struct {
-	line  []byte // what is left to write
-	text  []byte // if line is a message's: that, to be released
-	end   error  // ends the session once the line, if any, is written
-	save  *request
-	good  bool  // QEMU saved
-	cause error // why not
+	line []byte // what is left to write
+	text []byte // if line is QEMU's: that, to be released
+	end  error  // ends the session once the line, if any, is written
+	save *outcome
+}
+
+// An outcome is what became of a save.
+type outcome struct {
+	id    []byte // of its request
+	good  bool   // QEMU saved
+	cause error  // why not
 	seen  time.Time
 }
 
@@ -65,7 +70,8 @@ type session struct {
 	*Options
 	saves     *interlock
 	ctx       context.Context
-	end       context.CancelCauseFunc
+	cancel    context.CancelCauseFunc
+	ended     atomic.Bool // ctx has ended; to ask it costs more
 	log       *slog.Logger
 	debug     bool // log's level
 	toolstack Stream
@@ -122,7 +128,7 @@ func serveSession(ctx context.Context, toolstack Stream, o *Options, saves *inte
 
 	s := newSession(ctx, toolstack, qemu, o, saves, log)
 	defer s.end(nil)
-	context.AfterFunc(s.ctx, s.kick)
+	context.AfterFunc(s.ctx, func() { s.end(nil) })
 	defer context.AfterFunc(ctx, s.kick)() // again, if the session is over by then
 	if err := errors.Join(toolstack.Notify(s.kick), qemu.Notify(s.kick)); err != nil {
 		s.end(err)
@@ -148,8 +154,15 @@ func newSession(ctx context.Context, toolstack Stream, qemu Monitor, o *Options,
 		toQEMU:      outbox[*request]{limit: MaxRequest},
 		toToolstack: outbox[answer]{limit: maxQueued},
 	}
-	s.ctx, s.end = context.WithCancelCause(ctx)
+	s.ctx, s.cancel = context.WithCancelCause(ctx)
 	return s
+}
+
+// end ends the session, for the first cause that it gets.
+func (s *session) end(cause error) {
+	s.cancel(cause)
+	s.ended.Store(true)
+	s.kick()
 }
 
 // kick has step run, now or again. It may be called by any goroutine and by step itself.
@@ -196,7 +209,7 @@ func (s *session) beside(job func(), then func()) {
 	})
 }
 
-func (s *session) over() bool { return s.ctx.Err() != nil }
+func (s *session) over() bool { return s.ended.Load() }
 
 // step moves all that can be moved. A peer that does not read never keeps it from
 // reading the other.
@@ -269,33 +282,33 @@ func (s *session) answersLate() {
 // readToolstack takes one request into the queue toward QEMU, and says whether it did something.
 func (s *session) readToolstack() bool {
 	m, err := s.requests.next()
-	if err != nil {
-		return s.toolstackFailed(err)
+	if err == errNothingYet {
+		return false
 	}
-	r := s.parse(&m)
-	s.requests.drop(&m)
+	if err != nil {
+		s.toolstackFailed(err)
+		return true
+	}
+	r := s.parse(m)
+	s.requests.drop(m)
 	if !s.toQEMU.put(r, len(r.line)+itemOverhead) {
 		s.end(fmt.Errorf("more than %d bytes of requests wait for QEMU, which does not read them", MaxRequest))
 	}
 	return true
 }
 
-// toolstackFailed takes an error of reading; false if it only says that nothing is there yet.
-func (s *session) toolstackFailed(err error) bool {
+// toolstackFailed takes an error of reading.
+func (s *session) toolstackFailed(err error) {
 	var bad *syntaxError
-	switch {
-	case err == errNothingYet:
-		return false
-	case errors.As(err, &bad):
-		// The splitter only drops input from here on, and still sees the close.
-		s.toQEMU.put(&request{
-			local: errorLine(bad.id, bad.desc),
-			end:   fmt.Errorf("the toolstack sent what is not QMP: %w", bad),
-		}, 0)
-	default:
+	if !errors.As(err, &bad) {
 		s.end(toolstackError("read from", err))
+		return
 	}
-	return true
+	// The splitter only drops input from here on, and still sees the close.
+	s.toQEMU.put(&request{
+		local: errorLine(bad.id, bad.desc),
+		end:   fmt.Errorf("the toolstack sent what is not QMP: %w", bad),
+	}, 0)
 }
 
 func (s *session) parse(m *message) *request {
@@ -303,6 +316,7 @@ func (s *session) parse(m *message) *request {
 	if s.spare = nil; r == nil {
 		r = new(request)
 	}
+	last := r.command
 	*r = request{line: append(append(r.space[:0], m.text...), '\n')}
 	if len(r.line) > spaceMax {
 		r.id = bytes.Clone(m.raw(memberID)) // it stays until the answer, the line does not
@@ -313,10 +327,10 @@ func (s *session) parse(m *message) *request {
 		}
 	}
 	if !m.has(memberExecute) {
-		r.command, r.oob = m.str(memberExecOOB), m.has(memberExecOOB)
+		r.command, r.oob = m.str(memberExecOOB, last), m.has(memberExecOOB)
 		return r
 	}
-	r.command = m.str(memberExecute)
+	r.command = m.str(memberExecute, last)
 	if r.command == "device_add" && s.PCIReady != nil {
 		r.hostaddr = m.hostaddr()
 	}
@@ -489,21 +503,25 @@ func (s *session) readQEMU() bool {
 		return false
 	}
 	m, err := s.answers.next()
+	if err == errNothingYet && s.writeErr == nil {
+		return false
+	}
 	if err != nil {
-		return s.qemuFailed(err)
+		s.qemuFailed(err)
+		return true
 	}
 	good, failed := m.has(memberReturn), m.has(memberError)
 	switch {
 	case good != failed:
-		err = s.readAnswer(&m, good)
+		err = s.readAnswer(m, good)
 	case good: // and failed: nonsense
 		err = fmt.Errorf("QEMU sent what is not QMP: %.100q", m.text)
 	case m.has(memberEvent):
 		s.events++
-		s.answers.drop(&m)
+		s.answers.drop(m)
 	case m.has(memberGreeting) && m.size <= MaxAnswer-2:
 		s.greeted = true
-		err = s.queue(answerLine(&m))
+		err = s.queue(s.answerLine(m))
 	default:
 		err = fmt.Errorf("QEMU sent what is not QMP: %.100q", m.text)
 	}
@@ -513,12 +531,10 @@ func (s *session) readQEMU() bool {
 	return true
 }
 
-// qemuFailed takes an error of reading; false if it only says that nothing is there yet.
-func (s *session) qemuFailed(err error) bool {
+// qemuFailed takes an error of reading; errNothingYet when writing has failed and all that came has been read.
+func (s *session) qemuFailed(err error) {
 	var bad *syntaxError
 	switch {
-	case err == errNothingYet && s.writeErr == nil:
-		return false
 	case err == errNothingYet:
 		s.qemuGone(s.writeErr)
 	case errors.As(err, &bad):
@@ -528,7 +544,6 @@ func (s *session) qemuFailed(err error) bool {
 	default:
 		s.qemuGone(fmt.Errorf("read from QEMU's monitor: %w", err))
 	}
-	return true
 }
 
 func (s *session) readAnswer(m *message, good bool) error {
@@ -543,7 +558,7 @@ func (s *session) readAnswer(m *message, good bool) error {
 	}
 	var a answer
 	if m.size <= MaxAnswer-2 {
-		a = answerLine(m)
+		a = s.answerLine(m)
 	} else {
 		a.line = errorLine(r.id, fmt.Sprintf("%s: QEMU's answer has %d bytes, the toolstack takes %d",
 			r.command, m.size, MaxAnswer-2))
@@ -551,9 +566,9 @@ func (s *session) readAnswer(m *message, good bool) error {
 		s.log.Warn("QMP answer too large for the toolstack", "command", r.command, "bytes", m.size)
 	}
 	if r.save {
-		a.save, a.good, a.seen = r, good, time.Now()
+		a.save = &outcome{id: r.id, good: good, seen: time.Now()}
 		if !good {
-			a.cause = fmt.Errorf("QEMU: %.200s", m.raw(memberError))
+			a.save.cause = fmt.Errorf("QEMU: %.200s", m.raw(memberError))
 		}
 	} else if r != s.sending {
 		s.spare = r
@@ -604,12 +619,12 @@ func (s *session) qemuGone(err error) {
 	}
 	unanswered := append(s.outOfBand, s.inBand...)
 	for _, r := range unanswered {
-		a := answer{line: r.local, cause: cause}
+		a := answer{line: r.local}
 		if r.local == nil {
 			a.line = errorLine(r.id, r.command+": "+errQEMUClosed.Error())
 		}
 		if r.save {
-			a.save = r
+			a.save = &outcome{id: r.id, cause: cause}
 		}
 		if s.queue(a) != nil {
 			break
@@ -668,9 +683,9 @@ func (s *session) delivered(a *answer) {
 	}
 	if a.save != nil {
 		s.saving, s.saved = nil, nil
-		if a.good {
+		if a.save.good {
 			s.saves.saved()
-			s.log.Info("device state saved", "took", time.Since(a.seen))
+			s.log.Info("device state saved", "took", time.Since(a.save.seen))
 		}
 	}
 	if a.end != nil {
@@ -683,17 +698,18 @@ func (s *session) delivered(a *answer) {
 // commit hands a saved state over before its answer leaves, or ends a save that failed.
 func (s *session) commit(a *answer) {
 	s.committing = true
-	err, line := a.cause, a.line
+	save, line := a.save, a.line
+	err := save.cause
 	s.beside(func() {
 		switch {
-		case a.good:
+		case save.good:
 			if err = s.Save.Commit(s.ctx); err != nil {
 				err = fmt.Errorf("hand the device state to the toolstack: %w", err)
-				line = errorLine(a.save.id, err.Error())
+				line = errorLine(save.id, err.Error())
 			}
 		default:
 			if why := s.Save.Explain(err); why != nil {
-				err, line = why, errorLine(a.save.id, why.Error())
+				err, line = why, errorLine(save.id, why.Error())
 			}
 		}
 		if err != nil {
@@ -701,7 +717,7 @@ func (s *session) commit(a *answer) {
 		}
 	}, func() {
 		s.committing = false
-		a.line, a.good = line, err == nil
+		a.line, save.good = line, err == nil
 		if err != nil {
 			s.saving, s.saveFailed = nil, true
 		}
@@ -719,23 +735,10 @@ func toolstackError(op string, err error) error {
 	return fmt.Errorf("%s the toolstack: %w", op, err)
 }
 
-// answerLine is m as an answer, in m's own buffer if that is kept.
-func answerLine(m *message) answer {
-	a := answer{line: lineOut(m)}
-	if m.kept {
-		a.text = a.line
-	}
-	return a
-}
-
-// lineOut is m as a line for the toolstack, in m's own buffer if that is kept.
-func lineOut(m *message) []byte {
-	var l []byte
-	if m.kept {
-		l = append(m.text, "\r\n"...)
-	} else {
-		l = line(m.text, "\r\n")
-	}
+// answerLine is m as a line for the toolstack.
+func (s *session) answerLine(m *message) answer {
+	s.answers.keep(m)
+	l := append(m.text, "\r\n"...)
 	if m.newlines { // pretty=on; a string holds no raw newline
 		for i, c := range l[:len(l)-2] {
 			if c == '\n' || c == '\r' {
@@ -743,12 +746,7 @@ func lineOut(m *message) []byte {
 			}
 		}
 	}
-	return l
-}
-
-func line(text []byte, end string) []byte {
-	l := make([]byte, 0, len(text)+len(end))
-	return append(append(l, text...), end...)
+	return answer{line: l, text: l}
 }
 
 // errorLine is an error answer in QMP's form. An id that would make it too large

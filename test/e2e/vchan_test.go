@@ -367,7 +367,7 @@ func (d *vchanTarget) speed(t *testing.T, ctx context.Context) {
 			}
 		}
 		fresh()
-		d.client(t, ctx, &m.roundtrip, "roundtrip", "qmp"+suffix, "-n", strconv.Itoa(100*rounds))
+		d.client(t, ctx, &m.roundtrip, "roundtrip", "qmp"+suffix, "-n", strconv.Itoa(500*rounds))
 		fresh()
 		m.apart = d.sessions(t, ctx, "sessions", "qmp"+suffix, 50*rounds, 5*time.Millisecond, time.Second)
 		fresh()
