@@ -5,15 +5,19 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"debug/elf"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/stubinit/stubinit/test/lab"
 )
@@ -41,7 +45,7 @@ func faultyImage(t *testing.T, l *lab.Lab) {
 		t.Fatal(err)
 	}
 	// stubinit looks here first.
-	image := imageWith(t, map[string]string{"usr/bin/qemu-system-i386": string(program)})
+	image := imageWith(t, map[string]string{"usr/bin/qemu-system-i386": string(program), "oops.ko": string(oopsModule(t))})
 	if err := l.Put(ctx, faulty, 0o644, bytes.NewReader(image)); err != nil {
 		t.Fatal(err)
 	}
@@ -419,18 +423,122 @@ func TestFaultsMoreDeaths(t *testing.T) {
 	})
 }
 
-// The end of PID 1's kernel is beyond PID 1: the log has the panic, and the guest stays until it is destroyed.
-func TestFaultsKernelPanic(t *testing.T) {
+// oopsModule is a module of the image's kernel, with an instruction in its first place that there is not (ud2).
+func oopsModule(t *testing.T) []byte {
+	t.Helper()
+	// It needs no other module, and the stubdomain has no use for it.
+	const name = "test_static_key_base.ko"
+	files, err := filepath.Glob(filepath.Join(lab.Top(), "build/root", *suite, "usr/lib/modules/*/kernel/lib", name+"*"))
+	if err != nil || len(files) != 1 {
+		t.Fatalf("the kernel's modules of %s have %d files %s, want 1: run make initrd SUITE=%[1]s first", *suite, len(files), name)
+	}
+	read := exec.Command("cat", files[0])
+	if filepath.Ext(files[0]) == ".xz" {
+		read = exec.Command("xz", "--decompress", "--stdout", files[0])
+	}
+	module, err := read.Output()
+	if err != nil {
+		t.Fatalf("%s: %v", files[0], err)
+	}
+	f, err := elf.NewFile(bytes.NewReader(module))
+	if err != nil {
+		t.Fatalf("%s: %v", files[0], err)
+	}
+	symbols, err := f.Symbols()
+	if err != nil {
+		t.Fatalf("%s: %v", files[0], err)
+	}
+	i := slices.IndexFunc(symbols, func(s elf.Symbol) bool { return s.Name == "init_module" })
+	if i < 0 {
+		t.Fatalf("%s has no init_module", files[0])
+	}
+	copy(module[f.Sections[symbols[i].Section].Offset+symbols[i].Value:], "\x0f\x0b")
+	// The signature, which is wrong now, comes after the table of sections (e_shoff, e_shentsize, e_shnum), which is the file's end.
+	entries := int(f.ByteOrder.Uint16(module[58:])) * int(f.ByteOrder.Uint16(module[60:]))
+	return module[:int(f.ByteOrder.Uint64(module[40:]))+entries]
+}
+
+// kernelLine is a line of the kernel's on console 0.
+var kernelLine = regexp.MustCompile(`(?m)^(\[ *\d+\.\d{6}\] .*?)\r?$`)
+
+// What a kernel that goes on has to say of an oops is all in the log, and nothing else is lost than the process that it was in.
+func TestFaultsKernelOops(t *testing.T) {
 	l := boot(t)
 	faultyImage(t, l)
 	ctx := limit(t, 3*time.Minute)
-	g := create(t, ctx, faultyConfig("panic", ""))
+	g := create(t, ctx, faultyConfig("oops", ""))
 	ready(t, ctx, g)
-	if _, err := l.Run(ctx, tell+`"panic now"`, strconv.Itoa(g.StubID)); err != nil {
-		t.Fatal(err)
+	before := len(g.Stub.Text())
+	t.Log(do(t, ctx, l, g, "oops"))
+	for _, pattern := range []string{
+		`invalid opcode: 0000 \[#1\]`, `RIP: e030:(?:init_module|test_static_key_base_init)\+0x0/`, `Call Trace:`, `do_one_initcall\+0x`, `---\[ end trace `,
+		`shim: oops: the loading process ended by signal 11`,
+	} {
+		expect(t, ctx, g.Stub, pattern)
 	}
-	expect(t, ctx, g.Stub, `Kernel panic - not syncing: sysrq triggered crash`)
-	expect(t, ctx, g.Stub, `Call Trace:`)
+	// Up to the oops "quiet" holds, and what the kernel says is not for the console.
+	text := g.Stub.Text()[before:]
+	var want, got []string
+	for _, m := range regexp.MustCompile(`(?m)shim: kernel's log: <\d+>(.*?)\r?$`).FindAllStringSubmatch(text, -1) {
+		if len(want) > 0 || strings.Contains(m[1], "invalid opcode") {
+			want = append(want, m[1])
+		}
+	}
+	for _, m := range kernelLine.FindAllStringSubmatch(text, -1) {
+		got = append(got, m[1])
+	}
+	if d := cmp.Diff(want, got); d != "" || len(want) == 0 {
+		t.Errorf("%d lines in the kernel's log; those on console 0 (-log +console):\n%s", len(want), d)
+	}
+	if got := ask(t, ctx, g, "echo still here"); got != "still here" {
+		t.Errorf("echo: %q", got)
+	}
+	if s := queryStatus(t, ctx, g); !strings.Contains(s, `"status": "running"`) {
+		t.Errorf("query-status: %s", s)
+	}
+}
+
+// The end of PID 1's kernel is beyond PID 1: the log has the panic, the stubdomain has shut down with reason crash, and the guest stays until it is
+// destroyed, as libxl looks only at the guest. Xen makes of a kernel without panic= one that restarts at once (xen_panic_event in
+// arch/x86/xen/enlighten.c), which for Xen is that crash.
+func TestFaultsKernelPanic(t *testing.T) {
+	l := boot(t)
+	faultyImage(t, l)
+	for _, test := range []struct {
+		name, cmdline string
+		want          []string // patterns in the log after the panic itself
+		delay         float64  // seconds from the panic to the shutdown
+	}{
+		{"at once", "", nil, 0},
+		{"panic=5", " panic=5", []string{`Rebooting in 5 seconds\.\.`}, 5},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			ctx := limit(t, 3*time.Minute)
+			g := create(t, ctx, faultyConfig("panic", test.cmdline))
+			ready(t, ctx, g)
+			s := watchDeath(t, l, tell+`"panic now"`, strconv.Itoa(g.StubID))
+			for _, pattern := range append([]string{`Kernel panic - not syncing: sysrq triggered crash`, `Call Trace:`, `</TASK>`}, test.want...) {
+				expect(t, ctx, g.Stub, pattern)
+			}
+			took := s.took(t, ctx)
+			t.Logf("the stubdomain has shut down after %.2f s", took)
+			// It panics while the time begins to be taken.
+			if least, most := test.delay-0.5, test.delay+3; took < least || took > most {
+				t.Errorf("the stubdomain has shut down after %.2f s, want %.1f to %.1f", took, least, most)
+			}
+			out, err := l.Run(ctx, `xl list -v`)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Log(out)
+			for name, want := range map[string]string{g.Name + "-dm": "---sc- " + strconv.Itoa(crashReason), g.Name: "------ -|-b---- -|r----- -"} {
+				m := regexp.MustCompile(`(?m)^` + name + ` +\d+ +\d+ +\d+ +(\S+) +[0-9.]+ +[0-9a-f-]{36} +(\S+)`).FindStringSubmatch(out)
+				if m == nil || !slices.Contains(strings.Split(want, "|"), m[1]+" "+m[2]) {
+					t.Errorf("%s is %q, want state and reason %s", name, m, want)
+				}
+			}
+		})
+	}
 }
 
 // startLimit is for a guest that does not start, of which libxl knows after half a minute, or a whole one.
@@ -574,6 +682,26 @@ func TestFaultsMoreStarts(t *testing.T) {
 			t.Errorf("echo: %q", got)
 		}
 	})
+	// The framebuffer and its keyboard, which libxl makes for vnc. Nothing waits for them.
+	t.Run("no framebuffer backend", func(t *testing.T) {
+		l := boot(t)
+		ctx := limit(t, startLimit)
+		setHook(t, ctx, l, vifHook+`for kind in vfb vkbd; do
+	xenstore-exists "/local/domain/$s/device/$kind/0" && xenstore-write "/local/domain/$s/device/$kind/0/backend" "/local/domain/0/backend/$kind/$s/9999"
+done`)
+		cfg := config("nofb")
+		cfg.Extra = []string{`vnc = 1`}
+		g := create(t, ctx, cfg)
+		ready(t, ctx, g)
+		out, err := l.Run(ctx, `for kind in vfb vkbd; do xenstore-read "/local/domain/$1/device/$kind/0/backend" "/local/domain/$1/device/$kind/0/state"; done`, strconv.Itoa(g.StubID))
+		t.Logf("%v\n%s", err, out)
+		if got := ask(t, ctx, g, "echo still here"); got != "still here" {
+			t.Errorf("echo: %q", got)
+		}
+		if s := queryStatus(t, ctx, g); !strings.Contains(s, `"status": "running"`) {
+			t.Errorf("query-status: %s", s)
+		}
+	})
 	t.Run("too little memory", func(t *testing.T) {
 		report, err := os.ReadFile(filepath.Join(filepath.Dir(rootfs(t)), "stubdom-image.txt"))
 		if err != nil {
@@ -627,12 +755,38 @@ dd if=/dev/zero bs=1 count=4096 seek=$((at + 64)) conv=notrunc of="$1" 2>&1`, fi
 		}
 		fails(t, `FATAL (monitor|bridge|running): QEMU ended: `)
 	})
+	t.Run("destroyed while it waits", func(t *testing.T) {
+		setHook(t, ctx, l, vifHook+`xenstore-write "/local/domain/$s/device/console/2/backend" "/local/domain/0/backend/console/$s/9999"`)
+		killer := destroyAt(t, l, g.Name, "incoming")
+		if err := g.Restore(ctx, file); err == nil {
+			t.Error("xl restore ended well")
+		}
+		if err := killer.Wait(ctx); err != nil {
+			t.Errorf("not destroyed: %v", err)
+		}
+	})
 	if _, err := l.Run(ctx, `rm "$1"`, file); err != nil {
 		t.Error(err)
 	}
 }
 
-// xl destroy at each phase of the boot leaves nothing behind. A stopped QEMU, or a disk that does not come, keeps the boot where it is to be hit.
+// destroyAt runs xl destroy when the boot of the guest's stubdomain is in this phase, "" being its kernel's.
+func destroyAt(t *testing.T, l *lab.Lab, name, phase string) *lab.Process {
+	t.Helper()
+	killer, err := l.Begin(lab.Command{Script: `
+until s=$(xl domid "$1-dm" 2>/dev/null) && g=$(xl domid "$1" 2>/dev/null) && xl list "$s" | grep -q ' [-r][-b]-'; do sleep 0.1; done
+[ -z "$2" ] && sleep 2 # the kernel's own start takes 8 s
+until [ "$(xenstore-read "/local/domain/$s/device-model/$g/stubinit/phase" 2>/dev/null)" = "$2" ]; do sleep 0.1; done
+echo "destroyed at phase $(xenstore-read "/local/domain/$s/device-model/$g/stubinit/phase" 2>&1)"
+xl destroy "$1"`, Args: []string{name, phase}, Stdout: os.Stderr, Stderr: os.Stderr})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { killer.Kill() })
+	return killer
+}
+
+// xl destroy at each phase in which the boot waits leaves nothing behind. A stopped QEMU, or a disk that does not come, keeps the boot where it is to be hit.
 func TestFaultsDestroy(t *testing.T) {
 	l := boot(t)
 	faultyImage(t, l)
@@ -651,16 +805,7 @@ func TestFaultsDestroy(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			killer, err := l.Begin(lab.Command{Script: `
-until s=$(xl domid "$1-dm" 2>/dev/null) && g=$(xl domid "$1" 2>/dev/null) && xl list "$s" | grep -q ' [-r][-b]-'; do sleep 0.1; done
-[ -z "$2" ] && sleep 2 # the kernel's own start takes 8 s
-until [ "$(xenstore-read "/local/domain/$s/device-model/$g/stubinit/phase" 2>/dev/null)" = "$2" ]; do sleep 0.1; done
-echo "destroyed at phase $(xenstore-read "/local/domain/$s/device-model/$g/stubinit/phase" 2>&1)"
-xl destroy "$1"`, Args: []string{g.Name, test.phase}, Stdout: os.Stderr, Stderr: os.Stderr})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer killer.Kill()
+			killer := destroyAt(t, l, g.Name, test.phase)
 			created := g.Create(ctx)
 			// At its end xl asks no more whether the guest is there.
 			if created == nil && test.phase != "running" {

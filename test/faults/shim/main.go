@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -39,6 +40,7 @@ var faults = map[string]func(pid int) (string, error){
 	"press":     press,
 	"talk":      talk,
 	"panic":     func(int) (string, error) { return "", os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0) },
+	"oops":      oops,
 	"signals":   signals,
 	"orphans":   orphans,
 	"fill":      fill,
@@ -383,6 +385,73 @@ func clearFill() error {
 		errs = append(errs, os.Remove(name))
 	}
 	return errors.Join(errs...)
+}
+
+// oopsModule is a kernel module whose first instruction is none.
+const oopsModule = "/oops.ko"
+
+// oops makes a process load oopsModule, which ends it in the kernel, and writes what the kernel's own log has of that to QEMU's output, which is the
+// shim's. The process is a fork without exec, of one thread: an oops ends a thread, and would leave a program's others behind.
+func oops(int) (string, error) {
+	f, err := os.Open(oopsModule)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	params, err := unix.BytePtrFromString("")
+	if err != nil {
+		return "", err
+	}
+	before, err := kernelLog()
+	if err != nil {
+		return "", err
+	}
+	pid, _, errno := unix.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)
+	if errno != 0 {
+		return "", os.NewSyscallError("fork", errno)
+	}
+	if pid == 0 {
+		_, _, errno := unix.RawSyscall(unix.SYS_FINIT_MODULE, f.Fd(), uintptr(unsafe.Pointer(params)), 0)
+		for {
+			unix.RawSyscall(unix.SYS_EXIT_GROUP, uintptr(errno), 0, 0)
+		}
+	}
+	var status unix.WaitStatus
+	if _, err := unix.Wait4(int(pid), &status, 0, nil); err != nil {
+		return "", os.NewSyscallError("wait4", err)
+	}
+	if !status.Signaled() {
+		return "", fmt.Errorf("loading %s: %w", oopsModule, unix.Errno(status.ExitStatus()))
+	}
+	after, err := kernelLog()
+	if err != nil {
+		return "", err
+	}
+	if len(after) < len(before) {
+		return "", errors.New("the kernel's log has begun anew")
+	}
+	for _, line := range after[len(before):] {
+		fmt.Println("shim: kernel's log:", line)
+	}
+	level, err := os.ReadFile("/proc/sys/kernel/printk") // the console's, then others
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("the loading process ended by signal %d, the console's level is %s", status.Signal(), strings.Fields(string(level))[0]), nil
+}
+
+// kernelLog is all that the kernel keeps: lines "<LEVEL>[TIME] TEXT".
+func kernelLog() ([]string, error) {
+	size, err := unix.Klogctl(unix.SYSLOG_ACTION_SIZE_BUFFER, nil)
+	if err != nil {
+		return nil, os.NewSyscallError("syslog", err)
+	}
+	text := make([]byte, size)
+	n, err := unix.Klogctl(unix.SYSLOG_ACTION_READ_ALL, text)
+	if err != nil {
+		return nil, os.NewSyscallError("syslog", err)
+	}
+	return strings.Split(strings.TrimSuffix(string(text[:n]), "\n"), "\n"), nil
 }
 
 // limitFiles leaves QEMU no descriptor that it does not have already, or the usual 1024.
