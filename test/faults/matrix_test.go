@@ -53,7 +53,7 @@ func TestMatrix(t *testing.T) {
 			}
 			for _, s := range scenarios {
 				if s != "" && !literals[s] {
-					t.Errorf("%s:%d: the file of %s in %s has no scenario %q", matrix, i+1, name, dir, s)
+					t.Errorf("%s:%d: %s in %s has no scenario %q", matrix, i+1, name, dir, s)
 				}
 			}
 		}
@@ -63,7 +63,7 @@ func TestMatrix(t *testing.T) {
 	}
 }
 
-// names maps a folder's test functions, with any build tag, to the strings in the files that declare them.
+// names maps a folder's test functions, with any build tag, to the strings in each.
 type names map[string]map[string]bool
 
 func declared(t *testing.T, dir string) names {
@@ -78,19 +78,21 @@ func declared(t *testing.T, dir string) names {
 		if err != nil {
 			t.Fatal(err)
 		}
-		literals := map[string]bool{}
-		ast.Inspect(file, func(n ast.Node) bool {
-			if lit, ok := n.(*ast.BasicLit); ok && lit.Kind == token.STRING {
-				if s, err := strconv.Unquote(lit.Value); err == nil {
-					literals[s] = true
-				}
-			}
-			return true
-		})
 		for _, d := range file.Decls {
-			if f, ok := d.(*ast.FuncDecl); ok && f.Recv == nil {
-				found[f.Name.Name] = literals
+			f, ok := d.(*ast.FuncDecl)
+			if !ok || f.Recv != nil {
+				continue
 			}
+			literals := map[string]bool{}
+			ast.Inspect(f, func(n ast.Node) bool {
+				if lit, ok := n.(*ast.BasicLit); ok && lit.Kind == token.STRING {
+					if s, err := strconv.Unquote(lit.Value); err == nil {
+						literals[s] = true
+					}
+				}
+				return true
+			})
+			found[f.Name.Name] = literals
 		}
 	}
 	return found
