@@ -335,10 +335,10 @@ func (l *Listener) retire(e *endpoint) {
 // returns true if there was one and it did not stay, so that another may have
 // come. l.mu is held, but not throughout.
 func (l *Listener) attach() bool {
-	candidates := slices.Clone(l.open)
+	candidates := l.open
 	if l.next != nil {
 		// Its publication has failed, or we do not know that it has not.
-		candidates = append(candidates, l.next)
+		candidates = append(slices.Clone(l.open), l.next)
 	}
 	for i, e := range slices.Backward(candidates) {
 		if l.conn != nil && l.conn.e == e {
@@ -355,6 +355,7 @@ func (l *Listener) attach() bool {
 		if newest := candidates[len(candidates)-1]; e != newest {
 			e.also = newest.port
 		}
+		candidates = slices.Clone(candidates) // l.open changes
 		if e == l.next {
 			l.next = nil
 			l.open = append(l.open, e)
