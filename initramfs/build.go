@@ -15,6 +15,7 @@ import (
 	"maps"
 	"os"
 	"path"
+	"path/filepath"
 	"slices"
 	"strings"
 )
@@ -63,6 +64,7 @@ type Image struct {
 	Entries []*Entry // by path: a folder comes before what is in it
 	Modules []Module // in load order
 	BuiltIn []string // modules of the manifest that the kernel has built in
+	Absent  []Absent // by name
 	root    root
 }
 
@@ -99,6 +101,7 @@ type builder struct {
 	parameters map[string]string // of modules
 	firmware   []string          // folders
 	linker     *linker           // of the first program that is not static
+	absent     map[string]*absence
 	qemu       *object
 }
 
@@ -120,6 +123,7 @@ func Build(ctx context.Context, c Config) (*Image, error) {
 		modules:    modules,
 		moduleSeen: map[string]bool{},
 		parameters: map[string]string{},
+		absent:     map[string]*absence{},
 	}
 	progress := c.Progress
 	if progress == nil {
@@ -132,6 +136,8 @@ func Build(ctx context.Context, c Config) (*Image, error) {
 			b.parameters[strings.ReplaceAll(l.args[0], "-", "_")] = strings.Join(l.args[1:], " ")
 		case "firmware-path":
 			b.firmware = append(b.firmware, l.args...)
+		case "absent":
+			b.absent[l.args[0]] = &absence{name: l.args[0], reason: strings.Join(l.args[1:], " "), why: c.Manifest.why(l)}
 		}
 	}
 	for _, l := range c.Manifest.lines {
@@ -151,9 +157,24 @@ func Build(ctx context.Context, c Config) (*Image, error) {
 	if err := b.modulesList(); err != nil {
 		return nil, err
 	}
+	if err := b.standIns(); err != nil {
+		return nil, err
+	}
+	for _, a := range b.image.Absent {
+		var bytes int64
+		for _, f := range a.Files {
+			bytes += f.Bytes
+		}
+		progress(fmt.Sprintf("left out %s and what only it needs: %d files, %.1f MB", a.Name, len(a.Files), float64(bytes)/1e6))
+	}
 	if b.qemu != nil && c.ProbeQEMU != nil {
 		progress("asking QEMU what it can do")
-		if abilities, err := c.ProbeQEMU(ctx, b.qemuCommand()); err != nil {
+		abilities, err := b.probe(ctx, c.ProbeQEMU)
+		var refused *standInError
+		if errors.As(err, &refused) {
+			return nil, err
+		}
+		if err != nil {
 			progress(fmt.Sprintf("%s left out: %v", QEMUAbilities, err))
 		} else if err := b.generated(QEMUAbilities, abilities, "what "+b.qemu.path+" can do"); err != nil {
 			return nil, err
@@ -317,8 +338,42 @@ func (b *builder) modulesList() error {
 	return b.generated(ModulesList, []byte(list.String()), "load order")
 }
 
-// qemuCommand runs the tree's QEMU on this machine, with the tree's own ld.so and libraries.
-func (b *builder) qemuCommand() []string {
+// standInError is the failure of a QEMU that runs with the libraries for which the image has stand-ins.
+type standInError struct{ err error }
+
+func (e *standInError) Error() string {
+	return fmt.Sprintf("QEMU does not start without the libraries that the manifest says are absent: %v", e.err)
+}
+
+func (e *standInError) Unwrap() error { return e.err }
+
+// probe asks QEMU as it will run in the image: with the stand-ins.
+func (b *builder) probe(ctx context.Context, ask func(context.Context, []string) ([]byte, error)) ([]byte, error) {
+	if len(b.image.Absent) == 0 {
+		return ask(ctx, b.qemuCommand(""))
+	}
+	dir, err := os.MkdirTemp("", "stubinit-absent-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	for _, a := range b.image.Absent {
+		if err := os.WriteFile(filepath.Join(dir, a.Name), b.entries[a.Path].Data, 0o644); err != nil {
+			return nil, err
+		}
+	}
+	abilities, err := ask(ctx, b.qemuCommand(dir))
+	if err != nil {
+		if _, without := ask(ctx, b.qemuCommand("")); without == nil {
+			return nil, &standInError{err}
+		}
+	}
+	return abilities, err
+}
+
+// qemuCommand runs the tree's QEMU on this machine, with the tree's own ld.so and libraries; those in the folder first come
+// before them.
+func (b *builder) qemuCommand(first string) []string {
 	qemu := b.root.host(b.qemu.path)
 	if b.qemu.interp == "" {
 		return []string{qemu}
@@ -330,6 +385,9 @@ func (b *builder) qemuCommand() []string {
 		}
 	}
 	slices.Sort(dirs)
+	if first != "" {
+		dirs = append([]string{first}, dirs...)
+	}
 	interp, _, _, err := b.root.resolve(b.qemu.interp)
 	if err != nil { // it was added, so it is there
 		interp = b.qemu.interp

@@ -260,6 +260,12 @@ func (b *builder) libraries(l *linker, first *object) error {
 			if err != nil {
 				return fmt.Errorf("library %s, needed by %s: %w", name, o.path, err)
 			}
+			if a := b.absent[name]; a != nil {
+				if err := b.leaveOut(a, l, o, f); err != nil {
+					return err
+				}
+				continue
+			}
 			real, err := b.file(f.path, "needed by "+o.path, false)
 			if err != nil {
 				return err

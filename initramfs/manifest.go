@@ -18,6 +18,8 @@ import (
 //	qemu PATH                       the device model: a program, whose abilities are recorded in /etc/stubinit/qemu.json
 //	program PATH                    an ELF file with its interpreter and every library it needs
 //	library NAME                    a library that a program opens by itself, with what it needs
+//	absent NAME REASON...           a library that programs need and never call: a stand-in takes its place, whose functions
+//	                                say that, with the reason, and end the process; what only it needs is left out
 //	firmware-path DIR...            where firmware is searched, in QEMU's order
 //	firmware NAME                   a file below the first of these folders that has it
 //	file PATH                       one file as it is
@@ -43,7 +45,7 @@ type line struct {
 // arity is the least and the greatest number of arguments of each directive; -1 is any number.
 var arity = map[string][2]int{
 	"package": {1, -1}, "firmware-path": {1, -1}, "module": {1, -1},
-	"qemu": {1, 1}, "program": {1, 1}, "library": {1, 1}, "firmware": {1, 1}, "file": {1, 1},
+	"qemu": {1, 1}, "program": {1, 1}, "library": {1, 1}, "absent": {2, -1}, "firmware": {1, 1}, "file": {1, 1},
 	"dir": {2, 2}, "link": {2, 2}, "node": {5, 5},
 }
 
@@ -97,9 +99,9 @@ func (l line) check() error {
 				return fmt.Errorf("%s: path %q is not absolute and clean", l.directive, p)
 			}
 		}
-	case "library":
+	case "library", "absent":
 		if strings.Contains(l.args[0], "/") {
-			return fmt.Errorf("library: %q is a path: want a name such as libgcc_s.so.1", l.args[0])
+			return fmt.Errorf("%s: %q is a path: want a name such as libgcc_s.so.1", l.directive, l.args[0])
 		}
 	case "firmware":
 		if !fs.ValidPath(l.args[0]) {

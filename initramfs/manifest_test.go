@@ -24,6 +24,9 @@ func TestParseManifestErrors(t *testing.T) {
 		{"node /x 0600 c x 2", `m:1: node: major: strconv.ParseUint: parsing "x": invalid syntax`},
 		{"node /x 0600 c 1 -1", `m:1: node: minor: strconv.ParseUint: parsing "-1": invalid syntax`},
 		{"library /lib/x.so", `m:1: library: "/lib/x.so" is a path: want a name such as libgcc_s.so.1`},
+		{"absent /lib/x.so no use", `m:1: absent: "/lib/x.so" is a path: want a name such as libgcc_s.so.1`},
+		{"absent libx.so", "m:1: absent: 1 arguments"},
+		{"absent? libx.so no use", "m:1: absent cannot be optional"},
 		{"firmware ../x", `m:1: firmware: "../x" is not a relative path`},
 		{"bad\nfile /x\nworse", "m:1: \"bad\" is no directive\nm:3: \"worse\" is no directive"},
 	} {

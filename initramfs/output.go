@@ -213,6 +213,13 @@ func (im *Image) report(w io.Writer) error {
 			fmt.Fprintf(w, "            with %s\n", p.BuiltUsing)
 		}
 	}
+	for _, a := range im.Absent {
+		fmt.Fprintf(w, "\nLeft out, as nothing calls it: %s (%s).\nIn its place is %s, whose %d functions say so and end QEMU. Not in the image are (bytes, path):\n",
+			a.Name, a.Reason, a.Path, a.Symbols)
+		for _, f := range a.Files {
+			fmt.Fprintf(w, "  %9d %s\n", f.Bytes, f.Path)
+		}
+	}
 	fmt.Fprintf(w, "\nKernel modules in load order:\n")
 	for _, m := range im.Modules {
 		fmt.Fprintf(w, "  %s\n", strings.TrimSpace(m.Name+" "+m.Parameters))

@@ -18,8 +18,21 @@ type ELF struct {
 	Needed  []string
 	RPath   string
 	RunPath string
+	SOName  string
+	Symbols []Symbol // dynamic ones
 	Modinfo []string // strings of .modinfo, which make it a kernel module
 	Content string   // more bytes, to make it differ
+}
+
+// Symbol is a dynamic symbol.
+type Symbol struct {
+	Name    string
+	Version string
+	Library string // of an undefined symbol with a version
+	Type    elf.SymType
+	Defined bool
+	Weak    bool
+	Hidden  bool // a version that is not the default
 }
 
 // Bytes is the file.
@@ -43,7 +56,15 @@ func (e ELF) Bytes() []byte {
 	if e.RunPath != "" {
 		tag(elf.DT_RUNPATH, e.RunPath)
 	}
+	if e.SOName != "" {
+		tag(elf.DT_SONAME, e.SOName)
+	}
 	binary.Write(&dynamic, binary.LittleEndian, elf.Dyn64{})
+	str := func(s string) uint32 {
+		dynstr += s + "\x00"
+		return uint32(len(dynstr) - len(s) - 1)
+	}
+	dynsym, versym, verdef, verneed := e.symbolTables(str)
 
 	type section struct {
 		name    string
@@ -51,12 +72,22 @@ func (e ELF) Bytes() []byte {
 		content []byte
 		link    uint32
 	}
-	sections := []section{
+	sections := []section{ // links are to .dynstr, and from versions to .dynsym
 		{"", elf.SHT_NULL, nil, 0},
 		{".dynstr", elf.SHT_STRTAB, []byte(dynstr), 0},
 		{".dynamic", elf.SHT_DYNAMIC, dynamic.Bytes(), 1},
 		{".interp", elf.SHT_PROGBITS, []byte(e.Interp + "\x00"), 0},
 		{".data", elf.SHT_PROGBITS, []byte(e.Content), 0},
+	}
+	if e.Symbols != nil {
+		dynsymIndex := uint32(len(sections))
+		sections = append(sections, section{".dynsym", elf.SHT_DYNSYM, dynsym, 1}, section{".gnu.version", elf.SHT_GNU_VERSYM, versym, dynsymIndex})
+		if len(verdef) > 0 {
+			sections = append(sections, section{".gnu.version_d", elf.SHT_GNU_VERDEF, verdef, 1})
+		}
+		if len(verneed) > 0 {
+			sections = append(sections, section{".gnu.version_r", elf.SHT_GNU_VERNEED, verneed, 1})
+		}
 	}
 	if e.Modinfo != nil {
 		sections = append(sections, section{".modinfo", elf.SHT_PROGBITS, []byte(strings.Join(e.Modinfo, "\x00") + "\x00"), 0})
@@ -101,6 +132,50 @@ func (e ELF) Bytes() []byte {
 	file.Write(body.Bytes())
 	binary.Write(&file, binary.LittleEndian, headers)
 	return file.Bytes()
+}
+
+// symbolTables are the contents of .dynsym, .gnu.version, .gnu.version_d and .gnu.version_r; str adds to .dynstr. Each version
+// has an entry of its own.
+func (e ELF) symbolTables(str func(string) uint32) (dynsym, versym, verdef, verneed []byte) {
+	le := binary.LittleEndian
+	dynsym = make([]byte, elf.Sym64Size)
+	versym = le.AppendUint16(nil, 0)
+	var defs, needs [][]byte
+	for _, s := range e.Symbols {
+		bind, section, index := elf.STB_GLOBAL, elf.SHN_UNDEF, uint16(1)
+		if s.Weak {
+			bind = elf.STB_WEAK
+		}
+		if s.Defined {
+			section = elf.SHN_ABS
+		}
+		if s.Version != "" {
+			index = uint16(2 + len(defs) + len(needs))
+		}
+		switch {
+		case s.Version != "" && s.Defined: // Elfxx_Verdef, Elfxx_Verdaux
+			def := le.AppendUint16(le.AppendUint16(le.AppendUint16(le.AppendUint16(nil, 1), 0), index), 1)
+			def = le.AppendUint32(le.AppendUint32(le.AppendUint32(def, 0), 20), 28)
+			defs = append(defs, le.AppendUint32(le.AppendUint32(def, str(s.Version)), 0))
+		case s.Version != "": // Elfxx_Verneed, Elfxx_Vernaux
+			need := le.AppendUint16(le.AppendUint16(nil, 1), 1)
+			need = le.AppendUint32(le.AppendUint32(le.AppendUint32(need, str(s.Library)), 16), 32)
+			need = le.AppendUint16(le.AppendUint16(le.AppendUint32(need, 0), 0), index)
+			needs = append(needs, le.AppendUint32(le.AppendUint32(need, str(s.Version)), 0))
+		}
+		if s.Hidden {
+			index |= 0x8000
+		}
+		versym = le.AppendUint16(versym, index)
+		dynsym, _ = binary.Append(dynsym, le, elf.Sym64{Name: str(s.Name), Info: elf.ST_INFO(bind, s.Type), Shndx: uint16(section)})
+	}
+	last := func(entries [][]byte, next int) []byte { // its offset of the next one
+		if len(entries) > 0 {
+			le.PutUint32(entries[len(entries)-1][next:], 0)
+		}
+		return bytes.Join(entries, nil)
+	}
+	return dynsym, versym, last(defs, 16), last(needs, 12)
 }
 
 // BzImage is the head of an x86 kernel: boot protocol 2.15, with an init_size of that many bytes.
