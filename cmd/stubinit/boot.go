@@ -291,7 +291,7 @@ func (a *agent) configStep(ctx context.Context) error {
 		a.log.Debug("dm-argv", "n", i+1, "arg", arg)
 	}
 	a.publish(ctx, "version", version)
-	return nil
+	return checkAbsent(qemu.AbsentPath, cfg.dmArgv)
 }
 
 // networkStep makes bridges and taps, which QEMU opens; the vifs join when their backends connect.

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/stubinit/stubinit/internal/qemu"
 	"github.com/stubinit/stubinit/internal/xen/xenstore"
 	"github.com/stubinit/stubinit/netup"
 )
@@ -112,6 +113,21 @@ func readDMArgv(ctx context.Context, xs *xenstore.Client, target uint16) ([]stri
 		}
 	}
 	return args, nil
+}
+
+// checkAbsent refuses arguments with which QEMU would end for want of a library that the image leaves out; list names those.
+func checkAbsent(list string, args []string) error {
+	absent, err := qemu.LoadAbsent(list)
+	if err != nil {
+		return err
+	}
+	err = absent.Check(args)
+	var refused *qemu.AbsentError
+	if errors.As(err, &refused) {
+		return hint(err, fmt.Sprintf("write %s in the guest's configuration, or build the image from a manifest without the line \"absent %s\"",
+			refused.Instead, refused.Library))
+	}
+	return err
 }
 
 func readVifs(ctx context.Context, xs *xenstore.Client) ([]netup.Vif, error) {

@@ -3,6 +3,8 @@ package main
 import (
 	"fmt"
 	"net"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -181,6 +183,30 @@ func TestReadConfigErrors(t *testing.T) {
 				t.Errorf("line %q lacks hint %q", line, tt.hint)
 			}
 		})
+	}
+}
+
+// What QEMU could not serve is refused before anything is set up, and the way out is named.
+func TestCheckAbsent(t *testing.T) {
+	dir := t.TempDir()
+	list := filepath.Join(dir, "absent")
+	spice := append(slices.Clone(libxlArgs), "-spice", "port=6000")
+	if err := checkAbsent(list, spice); err != nil {
+		t.Errorf("an image with all of its libraries: %v", err)
+	}
+	if err := os.WriteFile(list, []byte("libspice-server.so.1 no network\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := checkAbsent(list, libxlArgs); err != nil {
+		t.Errorf("libxl's usual arguments: %v", err)
+	}
+	const want = `FATAL config: dm-argv argument 13: -spice needs libspice-server.so.1, which this image leaves out: no network: ` +
+		`write spice=0 in the guest's configuration, or build the image from a manifest without the line "absent libspice-server.so.1"`
+	if got := (&stepError{"config", checkAbsent(list, spice)}).Error(); got != want {
+		t.Errorf("line\n%s, want\n%s", got, want)
+	}
+	if err := checkAbsent(dir, libxlArgs); err == nil || !strings.Contains(err.Error(), dir) {
+		t.Errorf("a list that cannot be read: %v", err)
 	}
 }
 
