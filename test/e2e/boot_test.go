@@ -10,6 +10,7 @@ import (
 	"io"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -106,6 +107,8 @@ func TestBadInput(t *testing.T) {
 		name string
 		hook string // changes what libxl has written, just before the stubdomain runs
 		args []string
+		// extra are more lines of xl.cfg.
+		extra []string
 		// without is left out of the image's list of modules.
 		without string
 		want    []string // patterns in the stubdomain's log, in this order; the last one's text stands in xenstore too
@@ -134,6 +137,11 @@ for n in $(xenstore-list "$vm/image/dm-argv"); do xenstore-rm "$vm/image/dm-argv
 			want: []string{`no-such-option: invalid option`, `FATAL .*QEMU`},
 		},
 		{
+			name:  "Spice",
+			extra: []string{`spice=1`, `spiceport=6000`, `spicehost="127.0.0.1"`, `spicedisable_ticketing=1`},
+			want:  withoutSpice(t),
+		},
+		{
 			name:    "no privcmd module",
 			without: "xen-privcmd",
 			want:    []string{`FATAL modules: .*/dev/xen/privcmd`},
@@ -145,6 +153,7 @@ for n in $(xenstore-list "$vm/image/dm-argv"); do xenstore-rm "$vm/image/dm-argv
 			l := boot(t)
 			cfg := config("bad")
 			cfg.HVMArgs = test.args
+			cfg.Extra = append(cfg.Extra, test.extra...)
 			if test.hook != "" {
 				setHook(t, ctx, l, test.hook)
 			}
@@ -179,6 +188,20 @@ for n in $(xenstore-list "$vm/image/dm-argv"); do xenstore-rm "$vm/image/dm-argv
 			}
 		})
 	}
+}
+
+// withoutSpice are the patterns of TestBadInput for a guest with Spice: the image either leaves the library out, or has a QEMU that
+// was built without it.
+func withoutSpice(t *testing.T) []string {
+	t.Helper()
+	report, err := os.ReadFile(filepath.Join(filepath.Dir(rootfs(t)), "stubdom-image.txt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if bytes.Contains(report, []byte("Left out, as nothing calls it: libspice-server.so.1")) {
+		return []string{`FATAL config: .*-spice needs libspice-server\.so\.1.*spice=0`}
+	}
+	return []string{`-spice: invalid option`, `FATAL .*QEMU`}
 }
 
 // stubOnly begins a hook that runs when a stubdomain's disk is attached; $s is the stubdomain.
