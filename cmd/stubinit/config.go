@@ -124,7 +124,7 @@ func checkAbsent(list string, args []string) error {
 	err = absent.Check(args)
 	var refused *qemu.AbsentError
 	if errors.As(err, &refused) {
-		return hint(err, fmt.Sprintf("write %s in the guest's configuration, or build the image from a manifest without the line \"absent %s\"",
+		return hint(err, fmt.Sprintf("%s in the guest's configuration, or build the image from a manifest without the line \"absent %s\"",
 			refused.Instead, refused.Library))
 	}
 	return err

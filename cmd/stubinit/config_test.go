@@ -201,7 +201,7 @@ func TestCheckAbsent(t *testing.T) {
 		t.Errorf("libxl's usual arguments: %v", err)
 	}
 	const want = `FATAL config: dm-argv argument 13: -spice needs libspice-server.so.1, which this image leaves out: no network: ` +
-		`write spice=0 in the guest's configuration, or build the image from a manifest without the line "absent libspice-server.so.1"`
+		`take it out of device_model_args_hvm in the guest's configuration, or build the image from a manifest without the line "absent libspice-server.so.1"`
 	if got := (&stepError{"config", checkAbsent(list, spice)}).Error(); got != want {
 		t.Errorf("line\n%s, want\n%s", got, want)
 	}

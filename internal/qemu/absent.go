@@ -40,7 +40,7 @@ type AbsentError struct {
 	Arg     string // with its option, if it is an option's value
 	Library string
 	Reason  string // why it is left out
-	Instead string // what to write in the guest's configuration
+	Instead string // what to do about it in the guest's configuration
 }
 
 func (e *AbsentError) Error() string {
@@ -48,13 +48,15 @@ func (e *AbsentError) Error() string {
 }
 
 // calls are the arguments for which QEMU, 7.2 and 10.0, calls a library that it else does not: an option, and what its value
-// begins with. Of those that libxl writes (libxl_dm.c), spicevmc comes with -spice only.
+// begins with. libxl (libxl_dm.c) writes qxl-vga for a stubdomain, but passes over spice=1: the others come by device_model_args.
 var calls = []struct{ library, option, value, instead string }{
-	{"libspice-server.so.1", "-spice", "", "spice=0"},
-	{"libspice-server.so.1", "-device", "qxl", `vga="stdvga"`}, // renders by it even without -spice
-	{"libspice-server.so.1", "-vga", "qxl", `vga="stdvga"`},
-	{"libspice-server.so.1", "-chardev", "spicevmc", "spice=0"},
+	{"libspice-server.so.1", "-spice", "", noArgument},
+	{"libspice-server.so.1", "-device", "qxl", `write vga="stdvga"`}, // renders by it even without -spice
+	{"libspice-server.so.1", "-vga", "qxl", `write vga="stdvga"`},
+	{"libspice-server.so.1", "-chardev", "spicevmc", noArgument},
 }
+
+const noArgument = "take it out of device_model_args_hvm"
 
 // Check looks at dm-argv. Its error is an *AbsentError for the first argument that QEMU could not serve.
 func (a Absent) Check(args []string) error {
