@@ -18,6 +18,7 @@ package xenstore
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -134,13 +135,29 @@ func open(path string) (*Client, error) {
 	return NewClient(&xenbus{f, raw}), nil
 }
 
-// xenbus is the kernel's device. Its reads never block; its writes do (see above).
+// xenbus is the kernel's device. Its reads never block; of its writes those of watches do (see above).
 type xenbus struct {
 	*os.File
 	raw syscall.RawConn
 }
 
 func (x *xenbus) Read(b []byte) (int, error) { return fdio.Read(x.raw, b) }
+
+// Write writes one message. The kernel only queues it (xenbus_dev_request_and_reply in drivers/xen/xenbus/xenbus_dev_frontend.c),
+// unless it is a watch's: that it asks for itself, and waits.
+func (x *xenbus) Write(b []byte) (n int, err error) {
+	if t := wire.Type(binary.LittleEndian.Uint32(b)); t == wire.Watch || t == wire.Unwatch {
+		return x.File.Write(b)
+	}
+	closed := x.raw.Write(func(fd uintptr) bool {
+		n, err = fdio.WriteNow(int(fd), b)
+		return true
+	})
+	if closed != nil {
+		return 0, closed
+	}
+	return n, err
+}
 
 // NewClient speaks xenstore's protocol over conn, which it owns from now on.
 // Close must end a Read that waits. Each request is one Write, which comes after
