@@ -124,19 +124,10 @@ func (p *Poller) Wait() error {
 		n, err = p.wait(lingerLimit)
 	}
 	if n == 0 && err == nil {
-		waitErr := p.conn.Read(func(uintptr) bool {
-			n, err = p.wait(0)
-			return n > 0 || err != nil
-		})
-		switch {
-		case errors.Is(waitErr, os.ErrDeadlineExceeded), errors.Is(waitErr, os.ErrClosed):
-			return fs.ErrClosed
-		case waitErr != nil:
-			return waitErr
-		}
+		n, err = p.pause()
 	}
 	if err != nil {
-		return os.NewSyscallError("epoll_pwait", err)
+		return err
 	}
 	for i := range p.events[:n] {
 		p.mu.Lock()
@@ -149,6 +140,18 @@ func (p *Poller) Wait() error {
 	return nil
 }
 
+// pause waits in Go's poller.
+func (p *Poller) pause() (n int, err error) {
+	waitErr := p.conn.Read(func(uintptr) bool {
+		n, err = p.wait(0)
+		return n > 0 || err != nil
+	})
+	if errors.Is(waitErr, os.ErrDeadlineExceeded) || errors.Is(waitErr, os.ErrClosed) {
+		return 0, fs.ErrClosed
+	}
+	return n, errors.Join(waitErr, err)
+}
+
 // wait is epoll_pwait(2), which a signal may end early; then nothing is ready. It keeps the processor from other goroutines.
 func (p *Poller) wait(limit time.Duration) (int, error) {
 	n, err := result(unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, p.fd, uintptr(unsafe.Pointer(&p.events)), uintptr(len(p.events)),
@@ -156,7 +159,7 @@ func (p *Poller) wait(limit time.Duration) (int, error) {
 	if err == unix.EINTR {
 		err = nil
 	}
-	return max(n, 0), err
+	return max(n, 0), os.NewSyscallError("epoll_pwait", err)
 }
 
 // Interrupt ends Wait for good.

@@ -122,3 +122,26 @@ func TestWatchErrors(t *testing.T) {
 		t.Error("it is still watched")
 	}
 }
+
+// A conversation's waits allocate nothing: they are part of each QMP round trip.
+func TestWaitAllocates(t *testing.T) {
+	p, err := NewPoller()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	w, _, calls := newPipe(t, p)
+	b := []byte{1}
+	allocated := testing.AllocsPerRun(100, func() {
+		if _, err := w.Write(b); err != nil {
+			t.Error(err)
+		}
+		p.Linger()
+		if err := p.Wait(); err != nil {
+			t.Error(err)
+		}
+	})
+	if allocated > 0 || *calls != 101 {
+		t.Errorf("%v allocations a wait, %d calls", allocated, *calls)
+	}
+}

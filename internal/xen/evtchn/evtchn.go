@@ -67,6 +67,8 @@ type File struct {
 	taken   []uint32   // Take's
 
 	mu          sync.Mutex
+	written     []byte    // unmask's
+	arg         [1]uint32 // Notify's
 	dev         device
 	ports       []uint32 // bound
 	interrupted bool
@@ -127,7 +129,8 @@ func (f *File) Unbind(port uint32) error {
 func (f *File) Notify(port uint32) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if _, err := f.ioctl(ioctlNotify, port); err != nil {
+	f.arg[0] = port
+	if _, err := f.ioctl(ioctlNotify, f.arg[:]...); err != nil {
 		return &Error{Op: fmt.Sprintf("notify port %d", port), Err: err}
 	}
 	return nil
@@ -254,15 +257,15 @@ func (f *File) next() (uint32, bool) {
 // unmask lets the kernel deliver the ports again. The write is never short:
 // the kernel takes whole arrays of up to a page.
 func (f *File) unmask(ports ...uint32) error {
-	b := make([]byte, 0, 64)
-	for _, port := range ports {
-		b = binary.LittleEndian.AppendUint32(b, port)
-	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.written = f.written[:0]
+	for _, port := range ports {
+		f.written = binary.LittleEndian.AppendUint32(f.written, port)
+	}
 	err := fs.ErrClosed
 	if !f.closed {
-		_, err = f.dev.Write(b)
+		_, err = f.dev.Write(f.written)
 	}
 	if err != nil {
 		return &Error{Op: fmt.Sprintf("unmask ports %d", ports), Err: bare(err)}

@@ -386,6 +386,37 @@ func TestTake(t *testing.T) {
 }
 
 // The system calls themselves, on descriptors that are no event channels.
+// An event of a session allocates nothing.
+func TestTakeAllocates(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	xen := os.NewFile(uintptr(pair[1]), "xen")
+	defer xen.Close()
+	dev, err := newDevice(os.NewFile(uintptr(pair[0]), "device"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &File{dev: dev, ports: []uint32{3}}
+	defer f.Close()
+	event, b := ports(3), make([]byte, 4)
+	allocated := testing.AllocsPerRun(100, func() {
+		if _, err := xen.Write(event); err != nil {
+			t.Error(err)
+		}
+		if came, err := f.Take(); !came || err != nil {
+			t.Error(came, err)
+		}
+		if _, err := xen.Read(b); err != nil { // unmask's
+			t.Error(err)
+		}
+	})
+	if allocated > 0 {
+		t.Errorf("%v allocations an event", allocated)
+	}
+}
+
 func TestKernelDevice(t *testing.T) {
 	if _, err := Open(); err != nil && (!errors.Is(err, fs.ErrNotExist) || !strings.HasPrefix(err.Error(), "/dev/xen/evtchn: open: ")) {
 		t.Errorf("Open: %v", err)
