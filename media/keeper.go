@@ -203,20 +203,43 @@ func (k *Keeper) follow(ctx context.Context, devid int, backend string) {
 	}
 }
 
+// nextDiskLimit is how long after a detach the next disk may take. libxl attaches it within milliseconds.
+const nextDiskLimit = 5 * time.Second
+
 func (k *Keeper) followOnline(ctx context.Context, devid int, backend string) error {
 	watch, err := k.Store.Watch(ctx, backend+"/online")
 	if err != nil {
 		return err
 	}
 	defer watch.Close()
+	online := true
 	for {
-		if _, err := watch.Next(ctx); err != nil {
+		limit, cancel := ctx, context.CancelFunc(func() {})
+		if !online {
+			limit, cancel = context.WithTimeout(ctx, nextDiskLimit)
+		}
+		_, err := watch.Next(limit)
+		cancel()
+		if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+			k.warnMissing(devid)
+			online = true // said once
+			continue
+		}
+		if err != nil {
 			return err
 		}
-		if err := k.dropDetached(ctx, devid, backend); err != nil {
+		if online, err = k.dropDetached(ctx, devid, backend); err != nil {
 			return err
 		}
 	}
+}
+
+// warnMissing tells that a detach was not followed by another disk. QEMU in dom0 looks at all vbds of this domain at each change of one
+// (hw/xen/xen-bus.c, xen_bus_backend_changed). With about 30 of them that takes so long that libxl has the new disk's nodes in place when QEMU
+// gives up the old disk, and with it removes whatever nodes are there (xen_device_unrealize).
+func (k *Keeper) warnMissing(devid int) {
+	k.Log.Warn("removable disk was detached, and no other has come in its place: an xl cd-insert that waits for it times out, but works when it is "+
+		"tried again; with very many disks QEMU in dom0 removes the new disk's nodes together with the old one's", "devid", devid, "waited", nextDiskLimit)
 }
 
 // dropDetached removes the nodes of a vbd that libxl is detaching. libxl removes them itself when the backend has closed, and puts those
@@ -227,8 +250,10 @@ func (k *Keeper) followOnline(ctx context.Context, devid int, backend string) er
 // knows already that it is not online any more, since libxl writes that first.
 //
 // The look and the removal are one transaction, so that it is never the next disk's nodes that go.
-func (k *Keeper) dropDetached(ctx context.Context, devid int, backend string) error {
-	err := k.Store.Update(ctx, func(tx *xenstore.Tx) error {
+//
+// It returns whether the toolstack wants the vbd.
+func (k *Keeper) dropDetached(ctx context.Context, devid int, backend string) (online bool, err error) {
+	err = k.Store.Update(ctx, func(tx *xenstore.Tx) error {
 		online, err := tx.Read(ctx, backend+"/online")
 		if err != nil {
 			return err
@@ -241,11 +266,13 @@ func (k *Keeper) dropDetached(ctx context.Context, devid int, backend string) er
 	switch {
 	case err == nil:
 		k.Log.Debug("removable disk is being detached: its nodes are gone", "devid", devid)
-	case errors.Is(err, errOnline), errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrPermission): // the backend's nodes are gone, or their parent's
+	case errors.Is(err, errOnline):
+		return true, nil
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrPermission): // the backend's nodes are gone, or their parent's
 	default:
-		return err
+		return false, err
 	}
-	return nil
+	return false, nil
 }
 
 var errOnline = errors.New("the toolstack wants the backend online")

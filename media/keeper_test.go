@@ -556,6 +556,46 @@ func TestDetach(t *testing.T) {
 	})
 }
 
+// A disk that does not come after a detach is told once each time; one that comes in time is not.
+func TestDetachWithoutNext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		attach := func() string {
+			b.nodes(hdc, "cdrom")
+			return b.backend(hdc, "1")
+		}
+		drive := attach()
+		b.disk(hdc, "disc")
+		b.run()
+		const warning = "no other has come in its place"
+		for i := range 2 {
+			b.store.Set(drive+"/online", "0")
+			synctest.Wait()
+			b.store.Remove(drive)
+			time.Sleep(nextDiskLimit - time.Millisecond)
+			attach()
+			time.Sleep(time.Minute)
+			if n := strings.Count(b.log.String(), warning); n != i {
+				t.Fatalf("the next disk has come in time, and the log has %d warnings, want %d:\n%s", n, i, b.log)
+			}
+			// QEMU in dom0 removes what libxl has just put there.
+			b.store.Set(drive+"/online", "0")
+			synctest.Wait()
+			b.store.Remove(drive)
+			attach()
+			synctest.Wait()
+			b.noNodes(hdc)
+			b.store.Remove(drive)
+			time.Sleep(time.Minute)
+			if n := strings.Count(b.log.String(), warning); n != i+1 {
+				t.Fatalf("the next disk has not come, and the log has %d warnings, want %d:\n%s", n, i+1, b.log)
+			}
+			attach()
+			synctest.Wait()
+		}
+	})
+}
+
 // An empty drive has a set too, after each eject, and the log says what it cannot do.
 func TestEmpty(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

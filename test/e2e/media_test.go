@@ -423,7 +423,7 @@ func TestEmptyDrive(t *testing.T) {
 
 // 30 disks, of which QEMU emulates 4: the names go on after xvdz.
 func TestManyDisks(t *testing.T) {
-	ctx := limit(t, 4*time.Minute)
+	ctx := limit(t, 8*time.Minute)
 	crc := mediaFiles(t, ctx)
 	cfg := config("many")
 	cfg.Stubdom.Cmdline = lab.DefaultCmdline + " stubinit.log=debug"
@@ -451,9 +451,18 @@ func TestManyDisks(t *testing.T) {
 			t.Errorf("fdsets %q: no %s", sets, want)
 		}
 	}
-	if *suite != "bookworm" {
-		t.Logf("xl cd-insert beside 29 disks: %s", g.insert(t, ctx, "hdc", cdTwo))
+	if *suite == "bookworm" {
+		return // as in TestMedia
 	}
+	// media's warnMissing says why the first one may fail.
+	if _, err := xl(ctx, g.lab, "cd-insert", g.Name, "hdc", cdTwo); err != nil {
+		if !strings.Contains(stderr(err), "cdrom insertion timed out") {
+			t.Errorf("xl cd-insert beside 29 disks: %v", err)
+		}
+		expect(t, ctx, g.Stub, `no other has come in its place: .* devid=5632`)
+		t.Log("the first xl cd-insert beside 29 disks timed out, as QEMU in dom0 took the new disk away")
+	}
+	t.Logf("xl cd-insert beside 29 disks: %s", g.insert(t, ctx, "hdc", cdTwo))
 }
 
 func median(d []time.Duration) time.Duration {
