@@ -450,12 +450,19 @@ func (a *agent) qemuStep(context.Context) error {
 		return err
 	}
 	files = append(files, out)
+	// What the kernel starts by itself, with all rights, it looks for here (modprobe, request-key): QEMU shall not put it there.
+	if err := readOnlyRoot(); err != nil {
+		return err
+	}
 	a.reaper = qemu.NewReaper(nil)
 	if a.qemu, err = a.reaper.Start(cmd, qemu.Stdio{Out: out, Err: out}); err != nil {
 		return err
 	}
 	if a.params.shell {
 		a.startShell()
+	}
+	if err := a.qemu.Unconfined(); err != nil {
+		a.log.Warn("QEMU has more of root's rights than it needs", "err", err)
 	}
 	a.log.Info("QEMU started", "pid", a.qemu.PID(), "path", binary, "version", features.Version)
 	// When memory runs out the kernel shall take QEMU, not PID 1.
@@ -584,5 +591,5 @@ func (a *agent) runningStep(ctx context.Context) error {
 	}
 	debug.FreeOSMemory() // what the boot took and nothing needs again
 	a.logMemory()
-	return readOnlyRoot()
+	return nil
 }

@@ -42,6 +42,9 @@ type Command struct {
 	Path  string
 	Argv  []string   // with the program's name first
 	Files []*os.File // Files[i] becomes descriptor 3+i
+	// Confine takes from the program what QEMU does not need of root's rights (confine_linux.go): the kernel's log, addresses and code are
+	// out of its reach.
+	Confine bool
 }
 
 // IsRestore tells whether args wait for incoming state.
@@ -62,7 +65,7 @@ func NewCommand(s Spec) (*Command, error) {
 	if len(s.Args) == 0 {
 		return nil, fmt.Errorf("qemu command: dm-argv is empty")
 	}
-	c := &Command{Path: s.Binary, Argv: []string{s.Binary}}
+	c := &Command{Path: s.Binary, Argv: []string{s.Binary}, Confine: true}
 	pass := func(f *os.File) string {
 		c.Files = append(c.Files, f)
 		return strconv.Itoa(firstFile + len(c.Files) - 1)

@@ -137,19 +137,29 @@ func (r *Reaper) start(c *Command, stdio Stdio) (*Process, error) {
 		}
 	}
 
+	p := &Process{reaper: r, done: make(chan struct{})}
+	fork := func() {
+		p.pid, err = syscall.ForkExec(c.Path, c.Argv, &syscall.ProcAttr{
+			Env:   environment,
+			Files: numbers,
+			Sys:   &syscall.SysProcAttr{Setsid: true},
+		})
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	pid, err := syscall.ForkExec(c.Path, c.Argv, &syscall.ProcAttr{
-		Env:   environment,
-		Files: numbers,
-		Sys:   &syscall.SysProcAttr{Setsid: true},
-	})
+	if c.Confine {
+		inOwnThread(func() {
+			p.unconfined = confine()
+			fork()
+		})
+	} else {
+		fork()
+	}
 	runtime.KeepAlive(files)
 	if err != nil {
 		return nil, err
 	}
-	p := &Process{reaper: r, pid: pid, done: make(chan struct{})}
-	r.children[pid] = p
+	r.children[p.pid] = p
 	return p, nil
 }
 
@@ -166,14 +176,18 @@ func number(f *os.File) (uintptr, error) {
 
 // Process is a child that a Reaper has started.
 type Process struct {
-	reaper *Reaper
-	pid    int
-	done   chan struct{}
-	exit   Exit // set before done is closed
+	reaper     *Reaper
+	pid        int
+	unconfined error
+	done       chan struct{}
+	exit       Exit // set before done is closed
 }
 
 // PID is the process's number; it may be another process's once Done is closed.
 func (p *Process) PID() int { return p.pid }
+
+// Unconfined is what the kernel has refused of Command.Confine; nil if the process is confined, or was not to be.
+func (p *Process) Unconfined() error { return p.unconfined }
 
 // Done is closed when the process has ended and was reaped.
 func (p *Process) Done() <-chan struct{} { return p.done }
