@@ -17,12 +17,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// tryArg makes the test binary the program that TestConfine starts.
-const tryArg = "try-what-is-refused"
+// These make the test binary another program: what TestConfine starts, and what starts a program without the rights to confine it.
+const (
+	tryArg   = "try-what-is-refused"
+	startArg = "start-without-rights"
+)
 
 func init() {
-	if len(os.Args) == 2 && os.Args[1] == tryArg {
+	if len(os.Args) != 2 {
+		return
+	}
+	switch os.Args[1] {
+	case tryArg:
 		tryRefused()
+		os.Exit(0)
+	case startArg:
+		p, err := NewReaper(nil).Start(&Command{Path: "/bin/true", Argv: []string{"true"}, Confine: true}, Stdio{})
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		<-p.Done()
+		fmt.Printf("%v\n%v\n", p.Exit(), p.Unconfined())
 		os.Exit(0)
 	}
 }
@@ -176,5 +192,21 @@ write open /proc/sys/kernel/core_pattern: read-only file system
 	status = output(t, r, &Command{Path: "/bin/cat", Argv: []string{"cat", "/proc/self/status"}})
 	if got := capabilitySet(t, statusField(t, status, "CapBnd")); got != before {
 		t.Errorf("CapBnd of an unconfined program: %#x, want %#x", got, before)
+	}
+}
+
+// TestConfineRefused: a kernel that does not do it all starts the program nevertheless.
+func TestConfineRefused(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &Command{Path: "/usr/bin/setpriv", Argv: []string{"setpriv", "--bounding-set", "-sys_admin", self, startArg}}
+	want := `exit status 0
+mount namespace: operation not permitted
+seccomp filter, for which the kernel needs CONFIG_SECCOMP_FILTER: permission denied
+`
+	if d := cmp.Diff(want, output(t, reaper(t), c)); d != "" {
+		t.Error(d)
 	}
 }
