@@ -44,12 +44,21 @@ func faultyImage(t *testing.T, l *lab.Lab) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// stubinit looks here first.
-	image := imageWith(t, map[string]string{"usr/bin/qemu-system-i386": string(program), "oops.ko": string(oopsModule(t))})
+	image := imageWith(t, map[string]string{
+		"usr/bin/qemu-system-i386": string(program), // stubinit looks here first
+		"bin/busybox":              "#!/usr/bin/qemu-system-i386 -unconfined\n",
+		"oops.ko":                  string(oopsModule(t)),
+	})
 	if err := l.Put(ctx, faulty, 0o644, bytes.NewReader(image)); err != nil {
 		t.Fatal(err)
 	}
 }
+
+// withShell makes stubinit start a shim beside QEMU, for faults that need more than QEMU's rights.
+const withShell = " stubinit.shell"
+
+// notQEMUs is what comes of the ways to the kernel's log and addresses that QEMU, as root, would have.
+const notQEMUs = "kcore=null kmsg=null mknod=EPERM module=EPERM mount=EPERM proc-kmsg=null root=EACCES sysctl=EROFS syslog=EPERM sysrq=null umount=EPERM"
 
 // faultyConfig is config with that image, and with more on the stubdomain's command line.
 func faultyConfig(name, cmdline string) lab.GuestConfig {
@@ -185,7 +194,7 @@ func TestFaultsGuest(t *testing.T) {
 	l := boot(t)
 	faultyImage(t, l)
 	ctx := limit(t, 8*time.Minute)
-	cfg := faultyConfig("survivor", " stubinit.qemu_stuck_after=4s stubinit.log_burst=4096 stubinit.log_rate=1024")
+	cfg := faultyConfig("survivor", withShell+" stubinit.qemu_stuck_after=4s stubinit.log_burst=4096 stubinit.log_rate=1024")
 	cfg.Disks = append(cfg.Disks, lab.Disk{VDev: "hdb", File: lab.GuestImage})
 	g := create(t, ctx, cfg)
 	ready(t, ctx, g)
@@ -206,6 +215,9 @@ func TestFaultsGuest(t *testing.T) {
 		if n := field(t, got, "symbols"); n != "0" {
 			t.Errorf("%s kernel addresses are readable", n)
 		}
+		if d := cmp.Diff(notQEMUs, do(t, ctx, l, g, "rights")); d != "" {
+			t.Error(d)
+		}
 		// mkinitramfs counts 10 MiB for the agent.
 		if rss, err := strconv.Atoi(field(t, got, "rss_kib")); err != nil || rss > 10<<10 || rss < 1<<10 {
 			t.Errorf("PID 1 has %d KiB resident, %v: want 10240 at most", rss, err)
@@ -216,6 +228,7 @@ func TestFaultsGuest(t *testing.T) {
 		alive(t)
 	})
 	t.Run("orphans", func(t *testing.T) {
+		do(t, ctx, l, g, "threads")
 		t.Log(do(t, ctx, l, g, "orphans"))
 		alive(t)
 	})
@@ -466,7 +479,7 @@ func TestFaultsKernelOops(t *testing.T) {
 	l := boot(t)
 	faultyImage(t, l)
 	ctx := limit(t, 3*time.Minute)
-	g := create(t, ctx, faultyConfig("oops", ""))
+	g := create(t, ctx, faultyConfig("oops", withShell))
 	ready(t, ctx, g)
 	before := len(g.Stub.Text())
 	t.Log(do(t, ctx, l, g, "oops"))
@@ -489,6 +502,10 @@ func TestFaultsKernelOops(t *testing.T) {
 	}
 	if d := cmp.Diff(want, got); d != "" || len(want) == 0 {
 		t.Errorf("%d lines in the kernel's log; those on console 0 (-log +console):\n%s", len(want), d)
+	}
+	// The log has registers now.
+	if d := cmp.Diff(notQEMUs, do(t, ctx, l, g, "rights")); d != "" {
+		t.Error(d)
 	}
 	if got := ask(t, ctx, g, "echo still here"); got != "still here" {
 		t.Errorf("echo: %q", got)
@@ -514,7 +531,7 @@ func TestFaultsKernelPanic(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			ctx := limit(t, 3*time.Minute)
-			g := create(t, ctx, faultyConfig("panic", test.cmdline))
+			g := create(t, ctx, faultyConfig("panic", withShell+test.cmdline))
 			ready(t, ctx, g)
 			s := watchDeath(t, l, tell+`"panic now"`, strconv.Itoa(g.StubID))
 			for _, pattern := range append([]string{`Kernel panic - not syncing: sysrq triggered crash`, `Call Trace:`, `</TASK>`}, test.want...) {

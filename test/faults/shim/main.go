@@ -1,8 +1,10 @@
 // Command shim stands in QEMU's place in the lab's stubdomains, to do to QEMU, to PID 1 and to their kernel
 // what no toolstack can: it becomes QEMU by exec, and leaves a child behind that obeys dom0.
 //
-// The child takes "FAULT PHASE" from the stubdomain's data/fault, waits until stubinit's boot is in that phase or past it ("now": does not wait), does
-// it, writes what came of it to data/fault-result, and removes data/fault. FAULT is a signal's number, for QEMU, or a name (see faults). "9 qemu"
+// QEMU's rights are the child's too. What needs more of root's does another shim, which stubinit starts as its rescue shell (stubinit.shell).
+//
+// Both take "FAULT PHASE" from the stubdomain's data/fault, waits until stubinit's boot is in that phase or past it ("now": does not wait), does
+// it, writes what came of it to data/fault-result, and removes data/fault. FAULT is a signal's number, for QEMU, or a name (see confined and unconfined). "9 qemu"
 // written before the boot is a QEMU that dies before it has done anything.
 package main
 
@@ -28,19 +30,21 @@ const (
 	qemu       = "/usr/libexec/xen-qemu-system-i386"
 	faultNode  = "data/fault"
 	resultNode = "data/fault-result"
+	pidNode    = "data/qemu-pid" // for the rescue shell's shim
 )
 
 // phases of stubinit's boot, in order, from the one that starts QEMU on.
 var phases = []string{"qemu", "monitor", "bridge", "running"}
 
-// faults that are no signals. Each gets QEMU's pid and returns what there is to say.
-var faults = map[string]func(pid int) (string, error){
+// A fault gets QEMU's pid and returns what there is to say.
+type fault func(pid int) (string, error)
+
+// confined are those faults that QEMU itself could be the cause of, and are no signals.
+var confined = map[string]fault{
 	"report":    report,
+	"rights":    rights,
 	"oom":       oom,
-	"press":     press,
 	"talk":      talk,
-	"panic":     func(int) (string, error) { return "", os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0) },
-	"oops":      oops,
 	"signals":   signals,
 	"orphans":   orphans,
 	"fill":      fill,
@@ -49,13 +53,21 @@ var faults = map[string]func(pid int) (string, error){
 	"files":     func(pid int) (string, error) { return limitFiles(pid, false) },
 }
 
+// unconfined are the others.
+var unconfined = map[string]fault{
+	"press":   press,
+	"panic":   func(int) (string, error) { return "", os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0) },
+	"oops":    oops,
+	"threads": threads,
+}
+
 func main() {
 	if len(os.Args) == 3 && os.Args[1] == "-child" {
-		pid, err := strconv.Atoi(os.Args[2])
-		if err == nil {
-			err = obey(pid)
-		}
-		fmt.Println("shim:", err)
+		fmt.Println("shim:", obeyConfined(os.Args[2]))
+		return
+	}
+	if len(os.Args) > 1 && os.Args[1] == "-unconfined" { // and what the kernel and stubinit add for a shell
+		fmt.Println("shim: unconfined:", obeyUnconfined())
 		return
 	}
 	if len(os.Args) == 2 && os.Args[1] == "-orphans" {
@@ -109,20 +121,58 @@ func dieEarly() error {
 	return unix.Kill(os.Getpid(), syscall.Signal(signal))
 }
 
-// obey does what dom0 says, one fault after the other.
-func obey(pid int) error {
+// obeyConfined is QEMU's child.
+func obeyConfined(qemu string) error {
+	ctx := context.Background()
+	pid, err := strconv.Atoi(qemu)
+	if err != nil {
+		return err
+	}
+	xs, err := xenstore.Open()
+	if err != nil {
+		return err
+	}
+	defer xs.Close()
+	if err := xs.Write(ctx, pidNode, qemu); err != nil {
+		return err
+	}
+	return obey(ctx, xs, pid, confined, func(what string) bool { return unconfined[what] == nil })
+}
+
+// obeyUnconfined is the rescue shell. What it has to say goes where QEMU's output does: a tty beside the log would mix with it.
+func obeyUnconfined() error {
 	ctx := context.Background()
 	xs, err := xenstore.Open()
 	if err != nil {
 		return err
 	}
 	defer xs.Close()
+	qemu, err := xs.WaitFor(ctx, pidNode, func(_ string, exists bool) bool { return exists })
+	if err != nil {
+		return err
+	}
+	pid, err := strconv.Atoi(qemu)
+	if err != nil {
+		return err
+	}
+	if os.Stdout, err = os.OpenFile("/proc/"+qemu+"/fd/1", os.O_WRONLY, 0); err != nil {
+		return err
+	}
+	os.Stderr = os.Stdout
+	return obey(ctx, xs, pid, unconfined, func(what string) bool { return unconfined[what] != nil })
+}
+
+// obey does what dom0 says, if it is for this shim, one fault after the other.
+func obey(ctx context.Context, xs *xenstore.Client, pid int, faults map[string]fault, mine func(what string) bool) error {
 	target, err := xs.ReadString(ctx, "target")
 	if err != nil {
 		return err
 	}
 	for {
-		value, err := xs.WaitFor(ctx, faultNode, func(value string, exists bool) bool { return exists && strings.Contains(value, " ") })
+		value, err := xs.WaitFor(ctx, faultNode, func(value string, exists bool) bool {
+			what, _, ok := strings.Cut(value, " ")
+			return exists && ok && mine(what)
+		})
 		if err != nil {
 			return err
 		}
@@ -139,7 +189,7 @@ func obey(pid int) error {
 				return err
 			}
 		}
-		result, err := do(what, pid)
+		result, err := do(what, pid, faults)
 		if err != nil {
 			result = "error: " + err.Error()
 		}
@@ -153,7 +203,7 @@ func obey(pid int) error {
 	}
 }
 
-func do(what string, pid int) (string, error) {
+func do(what string, pid int, faults map[string]fault) (string, error) {
 	if signal, err := strconv.Atoi(what); err == nil {
 		return "sent", unix.Kill(pid, syscall.Signal(signal))
 	}
@@ -190,6 +240,44 @@ func report(int) (string, error) {
 		return "", errors.New("/proc/kallsyms is empty")
 	}
 	return fmt.Sprintf("rss_kib=%s peak_kib=%s anon_kib=%s symbols=%d", values["VmRSS"], values["VmHWM"], values["RssAnon"], shown), nil
+}
+
+// rights tries the ways to the kernel's log and addresses that root has: "WAY=ERROR …", and "null" for a file that is /dev/null.
+func rights(int) (string, error) {
+	var tries []string
+	add := func(way string, err error) {
+		text := "done"
+		if errno := unix.Errno(0); errors.As(err, &errno) {
+			text = unix.ErrnoName(errno)
+		} else if err != nil {
+			text = strconv.Quote(err.Error())
+		}
+		tries = append(tries, way+"="+text)
+	}
+	_, err := kernelLog()
+	add("syslog", err)
+	for way, path := range map[string]string{"kmsg": "/dev/kmsg", "proc-kmsg": "/proc/kmsg", "kcore": "/proc/kcore", "sysrq": "/proc/sysrq-trigger"} {
+		var found unix.Stat_t
+		if err := unix.Stat(path, &found); err != nil || found.Rdev != unix.Mkdev(1, 3) {
+			add(way, err)
+			continue
+		}
+		tries = append(tries, way+"=null")
+	}
+	f, err := os.Open(oopsModule)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	add("module", unix.FinitModule(int(f.Fd()), "", 0))
+	add("sysctl", os.WriteFile("/proc/sys/kernel/kptr_restrict", []byte("0"), 0))
+	add("umount", unix.Unmount("/proc/sys", unix.MNT_DETACH))
+	add("mount", unix.Mount("proc", "/tmp", "proc", 0, ""))
+	add("mknod", unix.Mknod("/dev/log", unix.S_IFCHR|0o600, int(unix.Mkdev(1, 11))))
+	_, err = os.Readlink("/proc/1/root") // PID 1 has other mounts
+	add("root", err)
+	slices.Sort(tries)
+	return strings.Join(tries, " "), nil
 }
 
 // talk writes more than console 0's ring holds to QEMU's output, which is the shim's.
@@ -288,14 +376,15 @@ func signals(int) (string, error) {
 	return fmt.Sprintf("%d of each", rounds), nil
 }
 
+// threads lets there be more processes: the kernel allows for as many as its memory has room for in use; dead ones need less.
+func threads(int) (string, error) {
+	return "", os.WriteFile("/proc/sys/kernel/threads-max", []byte(strconv.Itoa(4*orphanCount)), 0)
+}
+
 const orphanCount = 1000
 
-// orphans makes 1000 dead processes that PID 1 inherits in one go, and waits until it has reaped them.
+// orphans makes 1000 dead processes, which threads makes room for, that PID 1 inherits in one go, and waits until it has reaped them.
 func orphans(int) (string, error) {
-	// The kernel allows for as many processes as its memory has room for in use; dead ones need less.
-	if err := os.WriteFile("/proc/sys/kernel/threads-max", []byte(strconv.Itoa(4*orphanCount)), 0); err != nil {
-		return "", err
-	}
 	p, err := os.StartProcess("/proc/self/exe", []string{"shim", "-orphans"}, &os.ProcAttr{Files: []*os.File{nil, os.Stdout, os.Stderr}})
 	if err != nil {
 		return "", err
