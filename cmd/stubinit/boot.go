@@ -504,7 +504,7 @@ func listenUnix(path string) (*os.File, error) {
 
 func dial(ctx context.Context, path string) (net.Conn, error) {
 	var d net.Dialer
-	return d.DialContext(ctx, "unix", path)
+	return d.DialUnix(ctx, "unix", nil, &net.UnixAddr{Name: path, Net: "unix"}) // DialContext would bring a resolver
 }
 
 // findQEMU looks where distributions and our small image have it.

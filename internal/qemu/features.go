@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"regexp"
 )
 
 // FeaturesPath is where the image builder leaves a Features file in the initrd.
@@ -45,11 +44,8 @@ func LoadFeatures(path string) (Features, error) {
 	return f, nil
 }
 
-var (
-	versionLine = regexp.MustCompile(`(?m)^QEMU emulator version (\d+(?:\.\d+)+)`)
-	traceEvent  = regexp.MustCompile(`(?m)^xen_platform_log\r?$`)
-	noSandbox   = []byte("-sandbox support is not enabled")
-)
+// noSandbox is what a QEMU without seccomp says to -sandbox.
+var noSandbox = []byte("-sandbox support is not enabled")
 
 // ProbeBinary finds out Features for the builder. run starts the QEMU in question with args and returns its standard output and error, together, and
 // an error if it could not be started or did not exit with 0. No machine is started.
@@ -58,11 +54,10 @@ func ProbeBinary(ctx context.Context, run func(ctx context.Context, args ...stri
 	if err != nil {
 		return Features{}, fmt.Errorf("qemu probe: -version: %w: %s", err, lastLine(out))
 	}
-	version := versionLine.FindSubmatch(out)
-	if version == nil {
+	f := Features{Version: version(out)}
+	if f.Version == "" {
 		return Features{}, fmt.Errorf("qemu probe: -version: no version in %q", lastLine(out))
 	}
-	f := Features{Version: string(version[1])}
 
 	// Arguments are looked at in order, and -version ends QEMU: -sandbox before it is refused or accepted without a machine.
 	out, err = run(ctx, "-sandbox", "on", "-version")
@@ -75,8 +70,29 @@ func ProbeBinary(ctx context.Context, run func(ctx context.Context, args ...stri
 	if err != nil {
 		return Features{}, fmt.Errorf("qemu probe: -trace help: %w: %s", err, lastLine(out))
 	}
-	f.TracePlatformLog = traceEvent.Match(out)
+	for line := range bytes.Lines(out) {
+		f.TracePlatformLog = f.TracePlatformLog || string(bytes.TrimRight(line, "\r\n")) == "xen_platform_log"
+	}
 	return f, nil
+}
+
+// version is the number, with at least one dot, that -version prints after these words; without one it is empty. Not a regular expression,
+// which would be all that PID 1 needs that package for.
+func version(out []byte) string {
+	for line := range bytes.Lines(out) {
+		number, ok := bytes.CutPrefix(line, []byte("QEMU emulator version "))
+		if !ok {
+			continue
+		}
+		end := bytes.IndexFunc(number, func(r rune) bool { return r != '.' && (r < '0' || r > '9') })
+		if end < 0 {
+			end = len(number)
+		}
+		if number := bytes.TrimRight(number[:end], "."); bytes.IndexByte(number, '.') > 0 {
+			return string(number)
+		}
+	}
+	return ""
 }
 
 func lastLine(out []byte) []byte {

@@ -39,6 +39,8 @@ func TestProbeBinary(t *testing.T) {
 		{"Debian's QEMU", answer{version, nil}, answer{version, nil}, answer{recorded(t, "trace-x86"), nil}, Features{Version: "7.2.22", Sandbox: true}, ""},
 		{"no such file", answer{nil, os.ErrNotExist}, answer{}, answer{}, Features{}, "qemu probe: -version: file does not exist"},
 		{"not QEMU", answer{[]byte("hello\n"), nil}, answer{}, answer{}, Features{}, `no version in "hello"`},
+		{"no dot", answer{[]byte("QEMU emulator version 10\n"), nil}, answer{}, answer{}, Features{}, `no version in "QEMU emulator version 10"`},
+		{"nothing after it", answer{[]byte("a\nQEMU emulator version 10.0.13"), nil}, answer{version, nil}, answer{[]byte("xen_platform_log2\r\nxen_platform_log\r\n"), nil}, Features{Version: "10.0.13", TracePlatformLog: true, Sandbox: true}, ""},
 		{"crash", answer{version, nil}, answer{[]byte("a\nSegmentation fault\n"), errExit}, answer{}, Features{}, "-sandbox on: exit status 1: Segmentation fault"},
 		{"no trace", answer{version, nil}, answer{refused, errExit}, answer{[]byte("no\n"), errExit}, Features{}, "-trace help: exit status 1: no"},
 	}
