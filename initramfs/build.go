@@ -108,7 +108,7 @@ type builder struct {
 // Build collects what the manifest asks for. If the tree lacks something the error is a *MissingError that names all of it.
 func Build(ctx context.Context, c Config) (*Image, error) {
 	r := root(c.Root)
-	kernel, err := r.kernel(c.Kernel)
+	kernel, err := r.kernel(ctx, c.Kernel)
 	if err != nil {
 		return nil, err
 	}

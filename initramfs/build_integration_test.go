@@ -49,7 +49,7 @@ func TestRealProgram(t *testing.T) {
 		"bin": "dir", "opt/rpath": "dir", "opt/conf": "dir", "usr/lib": "dir",
 		"lib": "-> usr/lib", "lib64": "-> usr/lib",
 		"etc/ld.so.conf": "/opt/conf\n",
-		"boot/vmlinuz-6": string(initramfstest.BzImage(1)),
+		"boot/vmlinuz-6": string(initramfstest.BzImage(1, "")),
 	})
 	in := func(p string) string { return filepath.Join(tree, p) }
 	run(work, "gcc", "-shared", "-fPIC", "-o", in("opt/rpath/libb.so"), "b.c")
@@ -130,7 +130,7 @@ func TestRealAbsent(t *testing.T) {
 	})
 	initramfstest.Write(t, tree, map[string]string{
 		"bin": "dir", "usr/lib": "dir", "lib": "-> usr/lib", "lib64": "-> usr/lib",
-		"boot/vmlinuz-6": string(initramfstest.BzImage(1)),
+		"boot/vmlinuz-6": string(initramfstest.BzImage(1, "")),
 	})
 	in := func(p string) string { return filepath.Join(tree, p) }
 	run := func(name string, args ...string) string {

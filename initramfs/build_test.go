@@ -246,7 +246,7 @@ func TestBuildErrors(t *testing.T) {
 		{name: "a file where a folder is", manifest: "file /boot/config-6.12.1-amd64\ndir /boot/config-6.12.1-amd64 0755", want: "is there already as another thing (m:1 file"},
 		{name: "a folder in a file", manifest: "file /boot/config-6.12.1-amd64\ndir /boot/config-6.12.1-amd64/x 0755", want: "which is no folder (m:1 file"},
 		{name: "ld.so.conf includes itself", files: tree{"etc/ld.so.conf": "include /etc/ld.so.conf"}, manifest: "program /usr/libexec/qemu", want: "includes itself"},
-		{name: "modules are a file", files: tree{"usr/lib/modules/7": "x", "boot/vmlinuz-7": string(initramfstest.BzImage(1))}, change: func(c *Config) { c.Kernel = "7" }, want: "is not a folder"},
+		{name: "modules are a file", files: tree{"usr/lib/modules/7": "x", "boot/vmlinuz-7": string(initramfstest.BzImage(1, ""))}, change: func(c *Config) { c.Kernel = "7" }, want: "is not a folder"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			c := config(t, with(test.files), test.manifest)
@@ -498,28 +498,50 @@ func TestUnpacks(t *testing.T) {
 }
 
 func TestMemory(t *testing.T) {
-	im := &Image{Kernel: &Kernel{InitSize: 54 * mib}, Entries: []*Entry{
+	im := &Image{Kernel: &Kernel{Release: "6.12.1-amd64", Loaded: 44 * mib, Kept: 39 * mib}, Entries: []*Entry{
 		{Path: "/a", Size: 1}, {Path: "/b", Size: 50*mib - 1}, {Path: "/c", Mode: fs.ModeDir},
 		{Path: "/d", Mode: fs.ModeSymlink, Size: 127}, {Path: "/e", Mode: fs.ModeSymlink, Size: 128},
 	}}
 	m := im.Memory(17 * mib)
-	want := Memory{Kernel: 54 * mib, Tables: 9 * mib, Packed: 17 * mib, Unpacked: 50*mib + 2*page + 5*inode, QEMU: qemuOwn, Agent: agentOwn}
+	want := Memory{Kernel: 39 * mib, Init: 5 * mib, Tables: 13 * mib, Running: 8 * mib, Packed: 17 * mib,
+		Unpacked: 50*mib + 2*page + 5*inode, QEMU: 12 * mib, Agent: 3 * mib}
 	if diff := cmp.Diff(want, m); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
-	// (54 + 17 + 2·50.01) · 4096/4016, and (54 + 9 + 50.01 + 20 + 10) · 4096/4016.
-	if m.Least() != 175 || m.LeastRamfs() != 146 {
+	// (39 + 5 + 1 + 17 + 2·50.01) · 4096/4016, and (39 + 5 + 13 + 17 + 50.01 + 10) · 4096/4016.
+	if m.Least() != 166 || m.LeastRamfs() != 137 {
 		t.Errorf("least %d, with ramfs %d", m.Least(), m.LeastRamfs())
 	}
-	// The unpacking is what needs most: (54 + 9 + 40 + 10 + 10) · 4096/4016.
+	// The unpacking is what needs most: (39 + 5 + 13 + 40 + 10 + 10) · 4096/4016.
 	m.Packed, m.Unpacked = 40*mib, 10*mib
-	if m.Least() != 126 || m.LeastRamfs() != 126 {
+	if m.Least() != 120 || m.LeastRamfs() != 120 {
 		t.Errorf("big archive: least %d, with ramfs %d", m.Least(), m.LeastRamfs())
 	}
-	// What runs is: (12 + 2 + 10 + 20 + 10) · 4096/4016.
-	small := Memory{Kernel: 12 * mib, Tables: 2 * mib, Packed: 4 * mib, Unpacked: 10 * mib, QEMU: 20 * mib, Agent: 10 * mib}
-	if small.Least() != 56 || small.LeastRamfs() != 56 {
+	// What runs is: (8 + 3 + 8 + 13 + 12 + 3) · 4096/4016.
+	small := Memory{Kernel: 8 * mib, Init: 2 * mib, Tables: 3 * mib, Running: 8 * mib, Packed: 4 * mib, Unpacked: 13 * mib, QEMU: 12 * mib, Agent: 3 * mib}
+	if small.Least() != 48 || small.LeastRamfs() != 48 {
 		t.Errorf("small: least %d, with ramfs %d", small.Least(), small.LeastRamfs())
+	}
+}
+
+func TestTraceEvents(t *testing.T) {
+	for _, test := range []struct {
+		release string
+		config  map[string]string
+		want    int64
+	}{
+		{"6.1.0-56-amd64", map[string]string{"EVENT_TRACING": "y"}, traceEvents},
+		{"5.19.1", nil, traceEvents},
+		{"6.5.0", map[string]string{"X": "y"}, 0},
+		{"6.6.1", map[string]string{"EVENT_TRACING": "y"}, 0},
+		{"6.12.1", nil, 0},
+		{"7.0", nil, 0},
+		{"stubdom", nil, 0},
+	} {
+		im := &Image{Kernel: &Kernel{Release: test.release, config: test.config}}
+		if m := im.Memory(0); m.Tables != test.want {
+			t.Errorf("%s, %v: tables %d, want %d", test.release, test.config, m.Tables, test.want)
+		}
 	}
 }
 
@@ -539,7 +561,7 @@ func TestModuleSignature(t *testing.T) {
 		"length is absurd": {"", sign("\xff\xff\xff\xff"), sign("\xff\xff\xff\xff")},
 	} {
 		t.Run(name, func(t *testing.T) {
-			im := build(t, tree{"lib": "-> usr/lib", "boot/vmlinuz-6.12.1-amd64": string(initramfstest.BzImage(1)), "boot/config-6.12.1-amd64": test.config, ko: test.content}, "module x")
+			im := build(t, tree{"lib": "-> usr/lib", "boot/vmlinuz-6.12.1-amd64": string(initramfstest.BzImage(1, "")), "boot/config-6.12.1-amd64": test.config, ko: test.content}, "module x")
 			if got := string(find(t, im, "/"+ko).Data); got != test.want {
 				t.Errorf("%d bytes, want %d", len(got), len(test.want))
 			}
@@ -548,7 +570,7 @@ func TestModuleSignature(t *testing.T) {
 }
 
 func TestScriptInit(t *testing.T) {
-	c := config(t, tree{"boot/vmlinuz-6": string(initramfstest.BzImage(1)), "usr/bin/sh": string(ELF{}.Bytes()), "init": "#! /usr/bin/sh -e\n"}, "file /usr/bin/sh")
+	c := config(t, tree{"boot/vmlinuz-6": string(initramfstest.BzImage(1, "")), "usr/bin/sh": string(ELF{}.Bytes()), "init": "#! /usr/bin/sh -e\n"}, "file /usr/bin/sh")
 	c.Init = filepath.Join(c.Root, "init")
 	im, err := Build(t.Context(), c)
 	if err != nil {
@@ -576,13 +598,13 @@ func TestWrite(t *testing.T) {
 	if !bytes.Equal(read(ArchiveFile), archive(t, im, Gzip)) || int64(len(read(ArchiveFile))) != out.Packed {
 		t.Error("the archive in the folder is another one")
 	}
-	if !bytes.Equal(read(KernelFile), initramfstest.BzImage(48<<20)) {
+	if !bytes.Equal(read(KernelFile), initramfstest.BzImage(48<<20, "")) {
 		t.Error("the kernel in the folder is another one")
 	}
 	report := string(read(ReportFile))
 	qemu := find(t, im, "/usr/libexec/qemu").Size
 	for _, want := range []string{
-		"  qemu-stubdom-linux-kernel  Linux 6.12.1-amd64, 1024 bytes\n",
+		"  qemu-stubdom-linux-kernel  Linux 6.12.1-amd64, 1552 bytes\n",
 		"  qemu-stubdom-linux-rootfs  gzip, ",
 		"qemu-system-xen 1:10.0 qemu\n            with pixman (= 1), zlib (= 2)\n",
 		"libc6 2.41-12 libc6\n",

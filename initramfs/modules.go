@@ -100,37 +100,41 @@ func (s *moduleSet) content(ctx context.Context, file string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	var r io.Reader
-	switch path.Ext(file) {
-	case ".xz":
-		cmd := exec.CommandContext(ctx, "xz", "--decompress", "--stdout")
-		var out, stderr bytes.Buffer
-		cmd.Stdin, cmd.Stdout, cmd.Stderr = f, &out, &stderr
-		if err := cmd.Run(); errors.Is(err, exec.ErrNotFound) {
-			return nil, fmt.Errorf("%s: %w: install xz-utils", host, err)
-		} else if err != nil {
-			return nil, fmt.Errorf("%s: xz: %w: %s", host, err, strings.TrimSpace(stderr.String()))
-		}
-		return out.Bytes(), nil
-	case ".zst":
-		d, err := zstd.NewReader(f)
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", host, err)
-		}
-		defer d.Close()
-		r = d
-	case ".gz":
-		if r, err = gzip.NewReader(f); err != nil {
-			return nil, fmt.Errorf("%s: %w", host, err)
-		}
-	default:
-		r = f
-	}
-	data, err := io.ReadAll(r)
+	data, err := decompress(ctx, f, path.Ext(file))
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", host, err)
 	}
 	return data, nil
+}
+
+// decompress reads r to its end and unpacks it as the suffix of a module's file says.
+func decompress(ctx context.Context, r io.Reader, suffix string) ([]byte, error) {
+	switch suffix {
+	case ".xz":
+		cmd := exec.CommandContext(ctx, "xz", "--decompress", "--stdout")
+		var out, stderr bytes.Buffer
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = r, &out, &stderr
+		if err := cmd.Run(); errors.Is(err, exec.ErrNotFound) {
+			return nil, fmt.Errorf("%w: install xz-utils", err)
+		} else if err != nil {
+			return nil, fmt.Errorf("xz: %w: %s", err, strings.TrimSpace(stderr.String()))
+		}
+		return out.Bytes(), nil
+	case ".zst":
+		d, err := zstd.NewReader(r)
+		if err != nil {
+			return nil, err
+		}
+		defer d.Close()
+		r = d
+	case ".gz":
+		z, err := gzip.NewReader(r)
+		if err != nil {
+			return nil, err
+		}
+		r = z
+	}
+	return io.ReadAll(r)
 }
 
 // signatureMark ends a signed module. Before it is a struct module_signature (include/linux/module_signature.h: 12 bytes, the

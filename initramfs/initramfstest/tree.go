@@ -19,9 +19,16 @@ type ELF struct {
 	RPath   string
 	RunPath string
 	SOName  string
-	Symbols []Symbol // dynamic ones
-	Modinfo []string // strings of .modinfo, which make it a kernel module
-	Content string   // more bytes, to make it differ
+	Symbols []Symbol  // dynamic ones
+	Modinfo []string  // strings of .modinfo, which make it a kernel module
+	Content string    // more bytes, to make it differ
+	Loaded  []Section // more ones, of which there are only the headers: a kernel's
+}
+
+// Section is where a section goes in memory.
+type Section struct {
+	Name       string
+	Addr, Size uint64
 }
 
 // Symbol is a dynamic symbol.
@@ -92,6 +99,11 @@ func (e ELF) Bytes() []byte {
 	if e.Modinfo != nil {
 		sections = append(sections, section{".modinfo", elf.SHT_PROGBITS, []byte(strings.Join(e.Modinfo, "\x00") + "\x00"), 0})
 	}
+	loaded := map[string]Section{}
+	for _, s := range e.Loaded {
+		sections = append(sections, section{s.Name, elf.SHT_NOBITS, nil, 0})
+		loaded[s.Name] = s
+	}
 	names := ""
 	for _, s := range sections {
 		names += s.name + "\x00"
@@ -106,7 +118,11 @@ func (e ELF) Bytes() []byte {
 	for _, s := range sections {
 		offset := uint64(headerSize + progSize + body.Len())
 		size := uint64(len(s.content))
-		headers = append(headers, elf.Section64{Name: name, Type: uint32(s.kind), Off: offset, Size: size, Link: s.link, Addralign: 1})
+		header := elf.Section64{Name: name, Type: uint32(s.kind), Off: offset, Size: size, Link: s.link, Addralign: 1}
+		if l, ok := loaded[s.name]; ok {
+			header.Flags, header.Addr, header.Size = uint64(elf.SHF_ALLOC), l.Addr, l.Size
+		}
+		headers = append(headers, header)
 		if s.name == ".interp" {
 			interp = elf.Prog64{Type: uint32(elf.PT_INTERP), Off: offset, Filesz: size, Memsz: size}
 		}
@@ -178,13 +194,17 @@ func (e ELF) symbolTables(str func(string) uint32) (dynsym, versym, verdef, vern
 	return dynsym, versym, last(defs, 16), last(needs, 12)
 }
 
-// BzImage is the head of an x86 kernel: boot protocol 2.15, with an init_size of that many bytes.
-func BzImage(initSize uint32) []byte {
-	image := make([]byte, 1024)
+// BzImage is an x86 kernel, boot protocol 2.15, with an init_size of that many bytes and a payload, which is packed.
+func BzImage(initSize uint32, payload string) []byte {
+	const sectors, offset = 2, 16 // of 512 bytes, before the payload's segment; of the payload in that
+	image := make([]byte, (sectors+1)*512+offset, (sectors+1)*512+offset+len(payload))
+	image[0x1f1] = sectors
 	copy(image[0x202:], "HdrS")
 	binary.LittleEndian.PutUint16(image[0x206:], 0x20f)
+	binary.LittleEndian.PutUint32(image[0x248:], offset)
+	binary.LittleEndian.PutUint32(image[0x24c:], uint32(len(payload)))
 	binary.LittleEndian.PutUint32(image[0x260:], initSize)
-	return image
+	return append(image, payload...)
 }
 
 // Write makes a tree in dir. Keys are paths in it; a value is a file's content, or "-> TARGET" for a link, or "dir".
@@ -241,7 +261,7 @@ func Debian() map[string]string {
 		"usr/lib64/ld-linux-x86-64.so.2":  "-> /lib/x86_64-linux-gnu/ld-linux-x86-64.so.2",
 		"usr/share/qemu/efi-e1000.rom":    "rom",
 		"usr/share/seabios/vgabios.bin":   "vga",
-		"boot/vmlinuz-6.12.1-amd64":       string(BzImage(48 << 20)),
+		"boot/vmlinuz-6.12.1-amd64":       string(BzImage(48<<20, "")),
 		"boot/config-6.12.1-amd64":        "# CONFIG_RD_LZ4 is not set\nCONFIG_RD_GZIP=y\nCONFIG_RD_ZSTD=y\n",
 		modules + "modules.builtin":       "kernel/drivers/xen/xen-fbfront.ko\n",
 		modules + "kernel/net/bridge.ko":  string(ELF{Modinfo: []string{"depends=stp,llc", "name=bridge"}}.Bytes()),
