@@ -508,8 +508,8 @@ func TestMemory(t *testing.T) {
 	if diff := cmp.Diff(want, m); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
-	// (39 + 5 + 1 + 17 + 2·50.01) · 4096/4016, and (39 + 5 + 13 + 17 + 50.01 + 10) · 4096/4016.
-	if m.Least() != 166 || m.LeastRamfs() != 137 {
+	// (39 + 5 + 3 + 17 + 2·50.01) · 4096/4016, and (39 + 5 + 13 + 17 + 50.01 + 10) · 4096/4016.
+	if m.Least() != 168 || m.LeastRamfs() != 137 {
 		t.Errorf("least %d, with ramfs %d", m.Least(), m.LeastRamfs())
 	}
 	// The unpacking is what needs most: (39 + 5 + 13 + 40 + 10 + 10) · 4096/4016.

@@ -34,7 +34,7 @@ const (
 	// struct page (64 of 4096 bytes), the physical-to-machine list and the first page tables (8 bytes each).
 	perPage = 64 + 8 + 8
 
-	early    = 1 * mib // of Tables, what is taken before the size of a tmpfs is chosen
+	early    = 3 * mib // of Tables, what is taken before the size of a tmpfs is chosen: 2.5 MiB with Debian's 6.1
 	running  = 8 * mib
 	qemuOwn  = 12 * mib
 	agentOwn = 3 * mib
