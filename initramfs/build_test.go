@@ -19,6 +19,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/klauspost/compress/zstd"
+	"github.com/pierrec/lz4/v4"
 	"github.com/u-root/u-root/pkg/cpio"
 
 	"github.com/stubinit/stubinit/initramfs/initramfstest"
@@ -378,7 +379,7 @@ func TestReproducible(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range []Compression{Zstd, Gzip, None, Zstd19} {
+	for _, c := range []Compression{LZ4, Zstd, Gzip, None, Zstd19} {
 		var got [2][]byte
 		for i, config := range []Config{one, two} {
 			im, err := Build(t.Context(), config)
@@ -414,7 +415,11 @@ func TestArchive(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer zr19.Close()
-	for name, r := range map[string]io.Reader{"zstd": zr, "zstd-19": zr19, "gzip": gr} {
+	packed := archive(t, im, LZ4)
+	if magic := "\x02\x21\x4c\x18"; !bytes.HasPrefix(packed, []byte(magic)) { // ARCHIVE_MAGICNUMBER of lib/decompress_unlz4.c
+		t.Errorf("LZ4 begins with % x, want % x", packed[:4], magic)
+	}
+	for name, r := range map[string]io.Reader{"lz4": lz4.NewReader(bytes.NewReader(packed)), "zstd": zr, "zstd-19": zr19, "gzip": gr} {
 		if got, err := io.ReadAll(r); err != nil || !bytes.Equal(got, plain) {
 			t.Errorf("%s: unpacks to %d bytes, error %v, want %d", name, len(got), err, len(plain))
 		}
@@ -477,6 +482,7 @@ func TestUnpacks(t *testing.T) {
 		config string
 		want   []Compression
 	}{
+		{"CONFIG_RD_GZIP=y\nCONFIG_RD_ZSTD=y\nCONFIG_RD_LZ4=y\n", []Compression{LZ4, Zstd, Gzip, None}},
 		{"CONFIG_RD_GZIP=y\nCONFIG_RD_ZSTD=y\n", []Compression{Zstd, Gzip, None}},
 		{"CONFIG_RD_GZIP=y\n# CONFIG_RD_ZSTD is not set\n", []Compression{Gzip, None}},
 		{"CONFIG_X=y\n", []Compression{None}},
@@ -487,7 +493,7 @@ func TestUnpacks(t *testing.T) {
 			t.Errorf("%q (-want +got):\n%s", test.config, diff)
 		}
 	}
-	for _, c := range []Compression{Zstd, Gzip, None, Zstd19} {
+	for _, c := range []Compression{LZ4, Zstd, Gzip, None, Zstd19} {
 		if got, err := ParseCompression(c.String()); got != c || err != nil {
 			t.Errorf("%v: %v, %v", c, got, err)
 		}

@@ -93,11 +93,12 @@ func (r root) kernel(ctx context.Context, release string) (*Kernel, error) {
 	return k, nil
 }
 
-// payloadFormats are how a bzImage may be packed, by how it begins, and the module's suffix that means the same to decompress.
+// payloadFormats are how a bzImage may be packed, by how it begins, and the suffix that names it to decompress.
 var payloadFormats = []struct{ magic, suffix string }{
 	{"\x1f\x8b", ".gz"},
 	{"\xfd7zXZ\x00", ".xz"},
 	{"\x28\xb5\x2f\xfd", ".zst"},
+	{"\x02\x21\x4c\x18", ".lz4"},
 }
 
 // kernelMemory reads out of a bzImage how much memory its kernel takes, as it says in Kernel. Of one that is packed in another
@@ -168,7 +169,7 @@ func sectionsMemory(sections []*elf.Section) (loaded, kept int64, err error) {
 // beside the kernel it is gzip, which every distribution's kernel has.
 func (k *Kernel) Unpacks() []Compression {
 	var list []Compression
-	for c, option := range map[Compression]string{Zstd: "RD_ZSTD", Gzip: "RD_GZIP"} {
+	for c, option := range map[Compression]string{LZ4: "RD_LZ4", Zstd: "RD_ZSTD", Gzip: "RD_GZIP"} {
 		if k.option(option) == "y" || k.config == nil && c == Gzip {
 			list = append(list, c)
 		}

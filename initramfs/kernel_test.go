@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/klauspost/compress/zstd"
+	"github.com/pierrec/lz4/v4"
 
 	"github.com/stubinit/stubinit/initramfs/initramfstest"
 )
@@ -68,6 +69,13 @@ func TestKernelMemory(t *testing.T) {
 		{"zstd", packed(file, func(w io.Writer) io.WriteCloser {
 			z, err := zstd.NewWriter(w)
 			if err != nil {
+				t.Fatal(err)
+			}
+			return z
+		}) + size, loaded, kept, ""},
+		{"LZ4", packed(file, func(w io.Writer) io.WriteCloser {
+			z := lz4.NewWriter(w)
+			if err := z.Apply(lz4.LegacyOption(true)); err != nil {
 				t.Fatal(err)
 			}
 			return z

@@ -79,7 +79,7 @@ func (m Memory) LeastRamfs() int {
 	return stubdomainMemory(max(m.unpacking(), m.serving()))
 }
 
-// unpacking is what is in use at the end of the unpacking; zstd needs its window and tables for it.
+// unpacking is what is in use at the end of the unpacking; zstd needs its window and tables for it, LZ4 a block.
 func (m Memory) unpacking() int64 {
 	return m.Kernel + m.Init + m.Tables + m.Packed + m.Unpacked + window + 2*mib
 }

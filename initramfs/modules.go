@@ -18,6 +18,7 @@ import (
 	"strings"
 
 	"github.com/klauspost/compress/zstd"
+	"github.com/pierrec/lz4/v4"
 )
 
 // Module is a kernel module of the image, in load order.
@@ -107,7 +108,7 @@ func (s *moduleSet) content(ctx context.Context, file string) ([]byte, error) {
 	return data, nil
 }
 
-// decompress reads r to its end and unpacks it as the suffix of a module's file says.
+// decompress reads r to its end and unpacks it as a file's suffix says.
 func decompress(ctx context.Context, r io.Reader, suffix string) ([]byte, error) {
 	switch suffix {
 	case ".xz":
@@ -133,6 +134,8 @@ func decompress(ctx context.Context, r io.Reader, suffix string) ([]byte, error)
 			return nil, err
 		}
 		r = z
+	case ".lz4":
+		r = lz4.NewReader(r)
 	}
 	return io.ReadAll(r)
 }

@@ -44,7 +44,7 @@ func mkinitramfs(ctx context.Context, args []string, stdout, stderr io.Writer) i
 	flags.StringVar(&o.manifest, "manifest", "configs/initramfs-debian.manifest", "`file` that says what goes in")
 	flags.StringVar(&o.init, "init", "build/stubinit", "stubinit, a static `program`: /init")
 	flags.StringVar(&o.kernel, "kernel", "", "`release` of the kernel, if the tree has several")
-	flags.StringVar(&o.compress, "compress", "auto", "auto, zstd, zstd-19, gzip or none; auto is the best that the kernel can unpack and that takes seconds")
+	flags.StringVar(&o.compress, "compress", "auto", "auto, lz4, zstd, zstd-19, gzip or none; auto is the best that the kernel can unpack and that takes seconds")
 	flags.StringVar(&o.out, "o", "", "`folder` for the result")
 	flags.BoolVar(&o.list, "list", false, "print files, sizes and reasons")
 	flags.Usage = func() {
