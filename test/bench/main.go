@@ -31,7 +31,7 @@ func main() {
 	var o options
 	flag.StringVar(&o.suite, "suite", "trixie", "Debian `suite`")
 	flag.StringVar(&o.out, "o", "docs/bench", "`folder` for the results")
-	flag.StringVar(&o.parts, "parts", "boot,memory,scale", "what to measure; memory is the longest")
+	flag.StringVar(&o.parts, "parts", "boot,memory,scale", "what to measure, memory is the longest; figures of other parts stay if the images' sizes are the same")
 	flag.IntVar(&o.guests, "guests", 8, "how many guests start at once")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -101,6 +101,9 @@ func run(ctx context.Context, o options) (err error) {
 		return err
 	}
 	report := &Report{Suite: o.suite, Flavours: results}
+	if err := report.keep(o.out); err != nil {
+		return err
+	}
 	for _, part := range strings.Split(o.parts, ",") {
 		switch part {
 		case "boot":
@@ -275,34 +278,57 @@ func (b *bench) hello(ctx context.Context, f flavour, r *Result) error {
 	return errors.Join(err, g.Destroy(ctx))
 }
 
-// memories finds the least stubdomain_memory by bisection, to 2 MiB.
-func (b *bench) memories(ctx context.Context, all []flavour, results []*Result) error {
+// memories finds the least stubdomain_memory of each flavour.
+func (b *bench) memories(ctx context.Context, all []flavour, results []*Result) (err error) {
 	for i, f := range all {
 		if f.floor {
 			continue
 		}
-		fails, starts := 24, f.memory
-		if f.name == "small" {
-			starts = 64
-		} else {
-			fails = 96
+		if results[i].LeastMiB, err = b.least(ctx, f); err != nil {
+			return fmt.Errorf("%s: %w", f.name, err)
 		}
-		for starts-fails > 2 {
-			mib := (starts + fails) / 2
-			ok, err := b.starts(ctx, f, mib)
-			if err != nil {
-				return err
-			}
-			fmt.Fprintf(os.Stderr, "bench: %s with %d MiB: %v\n", f.name, mib, ok)
-			if ok {
-				starts = mib
-			} else {
-				fails = mib
-			}
-		}
-		results[i].LeastMiB = starts
 	}
 	return nil
+}
+
+// least finds the least stubdomain_memory that starts, in MiB, to 2 MiB: in steps that grow, from what mkinitramfs printed, until
+// one has failed and one has started, and then by bisection.
+func (b *bench) least(ctx context.Context, f flavour) (int, error) {
+	text, err := os.ReadFile(filepath.Join(lab.Top(), f.dir, initramfs.ReportFile))
+	if err != nil {
+		return 0, err
+	}
+	m := regexp.MustCompile(`stubdomain_memory (\d+) at least`).FindSubmatch(text)
+	if m == nil {
+		return 0, fmt.Errorf("%s: no least stubdomain_memory", f.dir)
+	}
+	mib, err := strconv.Atoi(string(m[1]))
+	if err != nil {
+		return 0, err
+	}
+	fails, starts, step := 0, 0, 4
+	for {
+		ok, err := b.starts(ctx, f, mib)
+		if err != nil {
+			return 0, err
+		}
+		fmt.Fprintf(os.Stderr, "bench: %s with %d MiB: %v\n", f.name, mib, ok)
+		if ok {
+			starts = mib
+		} else if fails = mib; mib > f.memory {
+			return 0, fmt.Errorf("does not start with %d MiB", mib)
+		}
+		switch {
+		case fails == 0:
+			mib, step = starts-step, 2*step
+		case starts == 0:
+			mib, step = fails+step, 2*step
+		case starts-fails > 2:
+			mib = (starts + fails) / 2
+		default:
+			return starts, nil
+		}
+	}
 }
 
 func (b *bench) starts(ctx context.Context, f flavour, mib int) (bool, error) {
@@ -371,26 +397,60 @@ func (b *bench) together(ctx context.Context, f flavour, n int, s *Scale) (took 
 				last = max(last, stage.At)
 			}
 		}
-		out, err := b.lab.Run(ctx, `xl list "$1-dm" | awk 'NR == 2 { print $3 }'`, g.Name)
+		out, err := b.lab.Run(ctx, `xl list "$1-dm"`, g.Name)
 		if err != nil {
 			return 0, err
 		}
-		mib, err := strconv.Atoi(strings.TrimSpace(out))
-		if err != nil {
+		m := regexp.MustCompile(`(?m)^\S+-dm +\d+ +(\d+) `).FindStringSubmatch(out) // Name, ID, Mem
+		if m == nil {
 			return 0, fmt.Errorf("xl list: %q", out)
 		}
-		s.DomainMiB = max(s.DomainMiB, mib)
-		// What each guest costs dom0 besides: the QEMU that serves the consoles, and the proxy.
-		out, err = b.lab.Run(ctx, `sum=0; for pid in $(ps -eo pid=,args= | awk -v a="$1-dm" -v b="/$2/" '/qemu-system|vchan-socket-proxy/ && (index($0, a) || index($0, b)) && !/awk/ { print $1 }'); do
-			while read -r key value _; do [ "$key" != Pss: ] || sum=$((sum + value)); done </proc/$pid/smaps_rollup; done; echo $sum`, g.Name, strconv.Itoa(g.StubID))
+		mib, err := strconv.Atoi(m[1])
 		if err != nil {
 			return 0, err
 		}
-		kib, err := strconv.Atoi(strings.TrimSpace(out))
+		s.DomainMiB = max(s.DomainMiB, mib)
+		kib, err := b.dom0Memory(ctx, g)
 		if err != nil {
-			return 0, fmt.Errorf("dom0's processes: %q", out)
+			return 0, err
 		}
 		s.Dom0KiB = max(s.Dom0KiB, kib)
 	}
 	return last - first, nil
+}
+
+// dom0Memory is what a guest's stubdomain costs dom0, in KiB (proportional set size): the QEMU that serves its consoles, and the proxy
+// to its QMP endpoint.
+func (b *bench) dom0Memory(ctx context.Context, g *lab.Guest) (int, error) {
+	out, err := b.lab.Run(ctx, "ps -eo pid=,args=")
+	if err != nil {
+		return 0, err
+	}
+	sum, found := 0, 0
+	for line := range strings.Lines(out) {
+		pid, args, _ := strings.Cut(strings.TrimSpace(line), " ")
+		console := strings.Contains(args, "qemu-system") && strings.Contains(args, g.Name+"-dm")
+		proxy := strings.Contains(args, "vchan-socket-proxy") && strings.Contains(args, fmt.Sprintf("/%d/", g.StubID))
+		if !console && !proxy {
+			continue
+		}
+		found++
+		rollup, err := b.lab.Run(ctx, `cat "/proc/$1/smaps_rollup"`, pid)
+		if err != nil {
+			return 0, err
+		}
+		m := regexp.MustCompile(`(?m)^Pss: +(\d+) kB$`).FindStringSubmatch(rollup)
+		if m == nil {
+			return 0, fmt.Errorf("no Pss of process %s: %q", pid, rollup)
+		}
+		kib, err := strconv.Atoi(m[1])
+		if err != nil {
+			return 0, err
+		}
+		sum += kib
+	}
+	if found != 2 {
+		return 0, fmt.Errorf("%s has %d processes in dom0, want its consoles' QEMU and the QMP proxy:\n%s", g.Name, found, out)
+	}
+	return sum, nil
 }

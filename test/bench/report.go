@@ -2,9 +2,12 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -50,6 +53,31 @@ type Report struct {
 	Suite    string    `json:"suite"`
 	Flavours []*Result `json:"flavours"`
 	Scale    *Scale    `json:"scale,omitempty"`
+}
+
+// keep takes over what an earlier run measured of images of the same sizes, for the parts that this run does not measure.
+func (r *Report) keep(dir string) error {
+	text, err := os.ReadFile(filepath.Join(dir, r.Suite+".json"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var old Report
+	if err := json.Unmarshal(text, &old); err != nil {
+		return fmt.Errorf("%s.json in %s: %w", r.Suite, dir, err)
+	}
+	if !slices.EqualFunc(r.Flavours, old.Flavours, func(a, b *Result) bool {
+		return a.Name == b.Name && a.KernelBytes == b.KernelBytes && a.InitrdBytes == b.InitrdBytes && a.UnpackedBytes == b.UnpackedBytes
+	}) {
+		return nil
+	}
+	for i, f := range old.Flavours {
+		*r.Flavours[i] = *f
+	}
+	r.Scale = old.Scale
+	return nil
 }
 
 func (r *Report) write(dir string) error {

@@ -54,3 +54,42 @@ func TestWrite(t *testing.T) {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 }
+
+func TestKeep(t *testing.T) {
+	dir := t.TempDir()
+	sizes := func() *Report {
+		r := report()
+		r.Scale = nil
+		for i, f := range r.Flavours {
+			r.Flavours[i] = &Result{Name: f.Name, Title: f.Title, Floor: f.Floor, KernelBytes: f.KernelBytes, InitrdBytes: f.InitrdBytes}
+		}
+		return r
+	}
+	got := sizes()
+	if err := got.keep(dir); err != nil {
+		t.Fatalf("no file: %v", err)
+	}
+	if diff := cmp.Diff(sizes(), got); diff != "" {
+		t.Errorf("no file (-want +got):\n%s", diff)
+	}
+	if err := report().write(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := got.keep(dir); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(report(), got); diff != "" {
+		t.Errorf("same sizes (-want +got):\n%s", diff)
+	}
+	got = sizes()
+	got.Flavours[2].InitrdBytes++
+	if err := got.keep(dir); err != nil || got.Flavours[0].CreateSeconds != 0 || got.Scale != nil {
+		t.Errorf("another size: error %v, kept %+v", err, got.Flavours[0])
+	}
+	if err := os.WriteFile(filepath.Join(dir, "trixie.json"), []byte("{"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := sizes().keep(dir); err == nil || !strings.Contains(err.Error(), "trixie.json") {
+		t.Errorf("damaged: error %v", err)
+	}
+}
