@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/klauspost/compress/zstd"
+	"github.com/pierrec/lz4/v4"
 	"github.com/u-root/u-root/pkg/cpio"
 
 	"github.com/stubinit/stubinit/test/lab"
@@ -283,7 +284,8 @@ func imageWith(t *testing.T, files map[string]string) []byte {
 	if err := cpio.WriteTrailer(w); err != nil {
 		t.Fatal(err)
 	}
-	padded := append(packed, make([]byte, -len(packed)&511)...)
+	// LZ4's end is a block of size 0, four bytes.
+	padded := append(packed, make([]byte, 4+-(len(packed)+4)&511)...)
 	return append(padded, more.Bytes()...)
 }
 
@@ -295,9 +297,12 @@ func imageFile(t *testing.T, name string) (content string, ok bool) {
 		t.Fatal(err)
 	}
 	var plain io.Reader
-	if bytes.HasPrefix(packed, []byte{0x1f, 0x8b}) {
+	switch {
+	case bytes.HasPrefix(packed, []byte{0x1f, 0x8b}):
 		plain, err = gzip.NewReader(bytes.NewReader(packed))
-	} else {
+	case bytes.HasPrefix(packed, []byte{0x02, 0x21, 0x4c, 0x18}):
+		plain = lz4.NewReader(bytes.NewReader(packed))
+	default:
 		plain, err = zstd.NewReader(bytes.NewReader(packed))
 	}
 	if err != nil {
