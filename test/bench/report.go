@@ -108,7 +108,7 @@ var goals = []goal{
 
 func (r *Report) markdown() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "# What a stubdomain costs (%s)\n\nMade by `make bench`: one run of the lab, whose clocks count instructions: seconds are emulated ones, and the same on any machine.\n\n", r.Suite)
+	fmt.Fprintf(&b, "# What a stubdomain costs (%s)\n\nMade by `make bench` in the lab, whose clocks count instructions: seconds are emulated ones, and the same on any machine.\n\n", r.Suite)
 	cell := func(format string, v float64) string {
 		if v == 0 {
 			return ""
