@@ -289,6 +289,20 @@ func imageWith(t *testing.T, files map[string]string) []byte {
 	return append(padded, more.Bytes()...)
 }
 
+// standingIn are the files by which a program stands in QEMU's place, and, as its argument shellArg tells it, in that of the rescue shell, which has more rights.
+func standingIn(t *testing.T, program, shellArg string) map[string]string {
+	t.Helper()
+	const first = "usr/bin/qemu-system-i386" // of the places where stubinit looks
+	files := map[string]string{
+		first:         program,
+		"bin/busybox": "#!/" + first + " " + shellArg + "\n",
+	}
+	if qemu, ok := imageFile(t, first); ok { // the small image's: the program finds it where Debian has it
+		files["usr/libexec/xen-qemu-system-i386"] = qemu
+	}
+	return files
+}
+
 // imageFile reads a file of the suite's initrd; ok is false if it has none of that name.
 func imageFile(t *testing.T, name string) (content string, ok bool) {
 	t.Helper()

@@ -44,14 +44,7 @@ func faultyImage(t *testing.T, l *lab.Lab) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const first = "usr/bin/qemu-system-i386" // of the places where stubinit looks
-	files := map[string]string{
-		first:         string(program),
-		"bin/busybox": "#!/" + first + " -unconfined\n",
-	}
-	if qemu, ok := imageFile(t, first); ok { // the small image's: the shim finds it where Debian has it
-		files["usr/libexec/xen-qemu-system-i386"] = qemu
-	}
+	files := standingIn(t, string(program), "-unconfined")
 	if hasModules(t) {
 		files["oops.ko"] = string(oopsModule(t))
 	}

@@ -14,8 +14,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/u-root/u-root/pkg/cpio"
-
 	"github.com/stubinit/stubinit/test/lab"
 )
 
@@ -36,37 +34,6 @@ func stateProgram(t *testing.T) []byte {
 	return program
 }
 
-// archive is an initramfs with one program in it.
-func archive(t *testing.T, name string, program []byte) []byte {
-	t.Helper()
-	var records []cpio.Record
-	for i, c := range name {
-		if c == '/' {
-			records = append(records, cpio.Directory(name[:i], 0o755))
-		}
-	}
-	var b bytes.Buffer
-	w := cpio.Newc.Writer(&b)
-	if err := cpio.WriteRecords(w, append(records, cpio.StaticFile(name, string(program), 0o755))); err != nil {
-		t.Fatal(err)
-	}
-	if err := cpio.WriteTrailer(w); err != nil {
-		t.Fatal(err)
-	}
-	return b.Bytes()
-}
-
-// withProgram is the suite's image with one program more, or in another's place.
-func withProgram(t *testing.T, name string, program []byte) []byte {
-	t.Helper()
-	packed, err := os.ReadFile(rootfs(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	packed = append(packed, make([]byte, -len(packed)&511)...)
-	return append(packed, archive(t, name, program)...)
-}
-
 // A stream of all byte values arrives whole past a console's tty, as stubinit reads it, and nothing of it comes back,
 // whether the stream begins before the console is opened, at the same time, or later. What a shell gets, which opens
 // the console and starts stty, shows that the streams would tell: bytes changed, lost, and sent back.
@@ -79,7 +46,7 @@ func TestStateStream(t *testing.T) {
 	}
 	l := boot(t)
 	program := stateProgram(t)
-	for name, data := range map[string][]byte{"/root/state": program, "/root/state.cpio": withProgram(t, "init", program)} {
+	for name, data := range map[string][]byte{"/root/state": program, "/root/state.cpio": imageWith(t, map[string]string{"init": string(program)})} {
 		if err := l.Put(ctx, name, 0o755, bytes.NewReader(data)); err != nil {
 			t.Fatal(err)
 		}

@@ -273,8 +273,8 @@ func newSaved(t *testing.T, ctx context.Context, name string, armed bool) *saved
 	cfg.VIFs = append(cfg.VIFs, "mac=00:16:3e:00:00:02,model=rtl8139,bridge=xenbr0")
 	cfg.Extra = []string{`vga = "stdvga"`} // after the lab's own line: the last counts
 	if armed {
-		cfg.Stubdom.Ramdisk = "/root/state-kill"
-		image := withProgram(t, "usr/bin/qemu-system-i386", stateProgram(t))
+		cfg.Stubdom.Ramdisk, cfg.Stubdom.Cmdline = "/root/state-kill", lab.DefaultCmdline+withShell
+		image := imageWith(t, standingIn(t, string(stateProgram(t)), "kill"))
 		if err := l.Put(ctx, cfg.Stubdom.Ramdisk, 0o644, bytes.NewReader(image)); err != nil {
 			t.Fatal(err)
 		}

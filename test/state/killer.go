@@ -26,27 +26,28 @@ const (
 // armNode of the stubdomain makes the killer kill; without it QEMU is like any other.
 const armNode = "data/kill"
 
-// killer becomes the real QEMU, and leaves a process behind that kills it as soon as it has written some of a state.
+// pidNode is where a killer that becomes QEMU leaves its process's number for the other one.
+const pidNode = "data/qemu-pid"
+
+// killer stands in the place of two programs of the image. In QEMU's it becomes the real one. In the rescue shell's, which has more rights than
+// QEMU, it kills that as soon as it has written some of a state.
 func killer() error {
-	if len(os.Args) == 3 && os.Args[1] == killArg {
-		pid, err := strconv.Atoi(os.Args[2])
-		if err != nil {
-			return err
-		}
-		err = killAtSave(pid)
-		// Standard error is QEMU's alone; the kernel's log is shown on console 0, errors even if it is quiet.
+	xs, err := xenstore.Open()
+	if err != nil {
+		return err
+	}
+	defer xs.Close()
+	ctx := context.Background()
+	if len(os.Args) > 1 && os.Args[1] == killArg { // and what the kernel and stubinit add for a shell
+		err := killAtSave(ctx, xs)
+		// Standard error is a tty beside the log; the kernel's log is shown on console 0, errors even if it is quiet.
 		if kmsg, e := os.OpenFile("/dev/kmsg", os.O_WRONLY, 0); e == nil {
 			fmt.Fprintf(kmsg, "<3>state: QEMU is killed as it saves: %v\n", err)
 			kmsg.Close()
 		}
 		return err
 	}
-	// The process's own descriptors stay QEMU's alone.
-	p, err := os.StartProcess(killerPath, []string{killerPath, killArg, strconv.Itoa(os.Getpid())}, &os.ProcAttr{Files: []*os.File{nil, nil, nil}})
-	if err != nil {
-		return err
-	}
-	if err := p.Release(); err != nil {
+	if err := xs.Write(ctx, pidNode, strconv.Itoa(os.Getpid())); err != nil {
 		return err
 	}
 	return unix.Exec(realQEMU, append([]string{realQEMU}, os.Args[1:]...), os.Environ())
@@ -54,14 +55,17 @@ func killer() error {
 
 // killAtSave waits until dom0 says so, and then looks at fdset 1's memory file every 200 µs, before QEMU runs on:
 // SCHED_FIFO.
-func killAtSave(pid int) error {
-	xs, err := xenstore.Open()
+func killAtSave(ctx context.Context, xs *xenstore.Client) error {
+	exists := func(_ string, exists bool) bool { return exists }
+	qemu, err := xs.WaitFor(ctx, pidNode, exists)
 	if err != nil {
 		return err
 	}
-	defer xs.Close()
-	_, err = xs.WaitFor(context.Background(), armNode, func(_ string, exists bool) bool { return exists })
+	pid, err := strconv.Atoi(qemu)
 	if err != nil {
+		return err
+	}
+	if _, err := xs.WaitFor(ctx, armNode, exists); err != nil {
 		return err
 	}
 	runtime.LockOSThread()
