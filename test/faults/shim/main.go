@@ -242,7 +242,8 @@ func report(int) (string, error) {
 	return fmt.Sprintf("rss_kib=%s peak_kib=%s anon_kib=%s symbols=%d", values["VmRSS"], values["VmHWM"], values["RssAnon"], shown), nil
 }
 
-// rights tries the ways to the kernel's log and addresses that root has: "WAY=ERROR …", and "null" for a file that is /dev/null.
+// rights tries the ways to the kernel's log and addresses that root has: "WAY=ERROR …", and "null" for a file that is /dev/null, or
+// that this kernel does not have.
 func rights(int) (string, error) {
 	var tries []string
 	add := func(way string, err error) {
@@ -258,13 +259,13 @@ func rights(int) (string, error) {
 	add("syslog", err)
 	for way, path := range map[string]string{"kmsg": "/dev/kmsg", "proc-kmsg": "/proc/kmsg", "kcore": "/proc/kcore", "sysrq": "/proc/sysrq-trigger"} {
 		var found unix.Stat_t
-		if err := unix.Stat(path, &found); err != nil || found.Rdev != unix.Mkdev(1, 3) {
+		if err := unix.Stat(path, &found); err == unix.ENOENT || err == nil && found.Rdev == unix.Mkdev(1, 3) {
+			tries = append(tries, way+"=null")
+		} else {
 			add(way, err)
-			continue
 		}
-		tries = append(tries, way+"=null")
 	}
-	f, err := os.Open(oopsModule)
+	f, err := os.Open("/proc/self/exe") // no module, but it is not looked at
 	if err != nil {
 		return "", err
 	}
