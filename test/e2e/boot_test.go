@@ -297,8 +297,8 @@ func standingIn(t *testing.T, program, shellArg string) map[string]string {
 		first:         program,
 		"bin/busybox": "#!/" + first + " " + shellArg + "\n",
 	}
-	if qemu, ok := imageFile(t, first); ok { // the small image's: the program finds it where Debian has it
-		files["usr/libexec/xen-qemu-system-i386"] = qemu
+	if qemu, ok := imageFile(t, first); ok { // the small image's, under the name that Debian's has elsewhere
+		files["usr/bin/xen-qemu-system-i386"] = qemu
 	}
 	return files
 }

@@ -17,11 +17,12 @@ import (
 )
 
 const (
-	// killerPath is where stubinit looks for QEMU first; Debian's own is realQEMU.
-	killerPath = "/usr/bin/qemu-system-i386"
-	realQEMU   = "/usr/libexec/xen-qemu-system-i386"
+	killerPath = "/usr/bin/qemu-system-i386" // where stubinit looks for QEMU first
 	killArg    = "kill"
 )
+
+// realQEMU is where Debian has it, or, beside the killer, the small image's, which finds its firmware from there.
+var realQEMU = []string{"/usr/libexec/xen-qemu-system-i386", "/usr/bin/xen-qemu-system-i386"}
 
 // armNode of the stubdomain makes the killer kill; without it QEMU is like any other.
 const armNode = "data/kill"
@@ -50,7 +51,10 @@ func killer() error {
 	if err := xs.Write(ctx, pidNode, strconv.Itoa(os.Getpid())); err != nil {
 		return err
 	}
-	return unix.Exec(realQEMU, append([]string{realQEMU}, os.Args[1:]...), os.Environ())
+	for _, qemu := range realQEMU {
+		err = unix.Exec(qemu, append([]string{qemu}, os.Args[1:]...), os.Environ())
+	}
+	return err
 }
 
 // killAtSave waits until dom0 says so, and then looks at fdset 1's memory file every 200 µs, before QEMU runs on:

@@ -27,7 +27,6 @@ import (
 )
 
 const (
-	qemu       = "/usr/libexec/xen-qemu-system-i386"
 	faultNode  = "data/fault"
 	resultNode = "data/fault-result"
 	pidNode    = "data/qemu-pid" // for the rescue shell's shim
@@ -92,8 +91,11 @@ func main() {
 	if err != nil {
 		fmt.Println("shim:", err)
 	}
-	os.Args[0] = qemu
-	fmt.Println("shim: exec:", syscall.Exec(qemu, os.Args, os.Environ()))
+	// Debian's, or, beside the shim, the small image's, which finds its firmware from there.
+	for _, os.Args[0] = range []string{"/usr/libexec/xen-qemu-system-i386", "/usr/bin/xen-qemu-system-i386"} {
+		err = syscall.Exec(os.Args[0], os.Args, os.Environ())
+	}
+	fmt.Println("shim: exec:", err)
 	os.Exit(1)
 }
 
