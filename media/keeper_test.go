@@ -575,6 +575,7 @@ func TestDetachWithoutNext(t *testing.T) {
 			time.Sleep(nextDiskLimit - time.Millisecond)
 			attach()
 			time.Sleep(time.Minute)
+			synctest.Wait()
 			if n := strings.Count(b.log.String(), warning); n != i {
 				t.Fatalf("the next disk has come in time, and the log has %d warnings, want %d:\n%s", n, i, b.log)
 			}
@@ -587,6 +588,7 @@ func TestDetachWithoutNext(t *testing.T) {
 			b.noNodes(hdc)
 			b.store.Remove(drive)
 			time.Sleep(time.Minute)
+			synctest.Wait()
 			if n := strings.Count(b.log.String(), warning); n != i+1 {
 				t.Fatalf("the next disk has not come, and the log has %d warnings, want %d:\n%s", n, i+1, b.log)
 			}
