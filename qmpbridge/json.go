@@ -481,6 +481,12 @@ var plain = func() (t [256]bool) {
 // those above it may not be.
 const ones, tops = 0x0101010101010101, 0x8080808080808080
 
+// specials has the top bit set of the first byte that is special in a string.
+func specials(w uint64) uint64 {
+	quote, slash := w^ones*'"', w^ones*'\\'
+	return ((quote-ones)&^quote | (slash-ones)&^slash | (w-ones*' ')&^w) & tops
+}
+
 // What QEMU writes between two strings.
 const (
 	afterKey = uint32('"') | ':'<<8 | ' '<<16 | '"'<<24
@@ -493,9 +499,8 @@ func skipPlain(b []byte, i int) (end int, high bool) {
 	var all uint64
 	for ; i <= len(b)-8; i += 8 {
 		w := binary.LittleEndian.Uint64(b[i:])
-		quote, slash := w^ones*'"', w^ones*'\\'
 		all |= w
-		if special := ((quote-ones)&^quote | (slash-ones)&^slash | (w-ones*' ')&^w) & tops; special != 0 {
+		if special := specials(w); special != 0 {
 			return i + bits.TrailingZeros64(special)/8, all&tops != 0
 		}
 	}
@@ -520,9 +525,8 @@ scan:
 	for i <= len(b)-8 {
 		if state == inString {
 			w := binary.LittleEndian.Uint64(b[i:])
-			quote, slash := w^ones*'"', w^ones*'\\'
 			all |= w // what is behind the string, too: it only has UTF-8 checked without need
-			special := ((quote-ones)&^quote | (slash-ones)&^slash | (w-ones*' ')&^w) & tops
+			special := specials(w)
 			if special == 0 {
 				i += 8
 				continue
