@@ -21,6 +21,7 @@ import (
 	"github.com/u-root/u-root/pkg/cpio"
 
 	"github.com/stubinit/stubinit/test/lab"
+	"github.com/stubinit/stubinit/test/standin"
 )
 
 // A guest starts with a stock xl create, and is what the toolstack and its user expect.
@@ -292,13 +293,13 @@ func imageWith(t *testing.T, files map[string]string) []byte {
 // standingIn are the files by which a program stands in QEMU's place, and, as its argument shellArg tells it, in that of the rescue shell, which has more rights.
 func standingIn(t *testing.T, program, shellArg string) map[string]string {
 	t.Helper()
-	const first = "usr/bin/qemu-system-i386" // of the places where stubinit looks
+	place := standin.Place[1:]
 	files := map[string]string{
-		first:         program,
-		"bin/busybox": "#!/" + first + " " + shellArg + "\n",
+		place:             program,
+		standin.Shell[1:]: "#!" + standin.Place + " " + shellArg + "\n",
 	}
-	if qemu, ok := imageFile(t, first); ok { // the small image's, under the name that Debian's has elsewhere
-		files["usr/bin/xen-qemu-system-i386"] = qemu
+	if qemu, ok := imageFile(t, place); ok { // the small image's
+		files[standin.Moved[1:]] = qemu
 	}
 	return files
 }

@@ -7,28 +7,19 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/stubinit/stubinit/internal/xen/xenstore"
+	"github.com/stubinit/stubinit/test/standin"
 )
 
-const (
-	killerPath = "/usr/bin/qemu-system-i386" // where stubinit looks for QEMU first
-	killArg    = "kill"
-)
-
-// realQEMU is where Debian has it, or, beside the killer, the small image's, which finds its firmware from there.
-var realQEMU = []string{"/usr/libexec/xen-qemu-system-i386", "/usr/bin/xen-qemu-system-i386"}
+const killArg = "kill"
 
 // armNode of the stubdomain makes the killer kill; without it QEMU is like any other.
 const armNode = "data/kill"
-
-// pidNode is where a killer that becomes QEMU leaves its process's number for the other one.
-const pidNode = "data/qemu-pid"
 
 // killer stands in the place of two programs of the image. In QEMU's it becomes the real one. In the rescue shell's, which has more rights than
 // QEMU, it kills that as soon as it has written some of a state.
@@ -48,28 +39,20 @@ func killer() error {
 		}
 		return err
 	}
-	if err := xs.Write(ctx, pidNode, strconv.Itoa(os.Getpid())); err != nil {
+	if err := standin.Announce(ctx, xs, os.Getpid()); err != nil {
 		return err
 	}
-	for _, qemu := range realQEMU {
-		err = unix.Exec(qemu, append([]string{qemu}, os.Args[1:]...), os.Environ())
-	}
-	return err
+	return standin.Become()
 }
 
 // killAtSave waits until dom0 says so, and then looks at fdset 1's memory file every 200 µs, before QEMU runs on:
 // SCHED_FIFO.
 func killAtSave(ctx context.Context, xs *xenstore.Client) error {
-	exists := func(_ string, exists bool) bool { return exists }
-	qemu, err := xs.WaitFor(ctx, pidNode, exists)
+	pid, err := standin.AwaitQEMU(ctx, xs)
 	if err != nil {
 		return err
 	}
-	pid, err := strconv.Atoi(qemu)
-	if err != nil {
-		return err
-	}
-	if _, err := xs.WaitFor(ctx, armNode, exists); err != nil {
+	if _, err := xs.WaitFor(ctx, armNode, func(_ string, exists bool) bool { return exists }); err != nil {
 		return err
 	}
 	runtime.LockOSThread()

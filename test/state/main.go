@@ -14,12 +14,14 @@ import (
 	"context"
 	"fmt"
 	"os"
+
+	"github.com/stubinit/stubinit/test/standin"
 )
 
 func main() {
 	var err error
 	switch {
-	case os.Args[0] == killerPath:
+	case os.Args[0] == standin.Place:
 		err = killer()
 	case os.Getpid() == 1:
 		guest()

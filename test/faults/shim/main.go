@@ -3,7 +3,7 @@
 //
 // QEMU's rights are the child's too. What needs more of root's does another shim, which stubinit starts as its rescue shell (stubinit.shell).
 //
-// Both take "FAULT PHASE" from the stubdomain's data/fault, waits until stubinit's boot is in that phase or past it ("now": does not wait), does
+// Each takes its own "FAULT PHASE" from the stubdomain's data/fault, waits until stubinit's boot is in that phase or past it ("now": does not wait), does
 // it, writes what came of it to data/fault-result, and removes data/fault. FAULT is a signal's number, for QEMU, or a name (see confined and unconfined). "9 qemu"
 // written before the boot is a QEMU that dies before it has done anything.
 package main
@@ -24,12 +24,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stubinit/stubinit/internal/xen/xenstore"
+	"github.com/stubinit/stubinit/test/standin"
 )
 
 const (
 	faultNode  = "data/fault"
 	resultNode = "data/fault-result"
-	pidNode    = "data/qemu-pid" // for the rescue shell's shim
 )
 
 // phases of stubinit's boot, in order, from the one that starts QEMU on.
@@ -91,11 +91,7 @@ func main() {
 	if err != nil {
 		fmt.Println("shim:", err)
 	}
-	// Debian's, or, beside the shim, the small image's, which finds its firmware from there.
-	for _, os.Args[0] = range []string{"/usr/libexec/xen-qemu-system-i386", "/usr/bin/xen-qemu-system-i386"} {
-		err = syscall.Exec(os.Args[0], os.Args, os.Environ())
-	}
-	fmt.Println("shim: exec:", err)
+	fmt.Println("shim:", standin.Become())
 	os.Exit(1)
 }
 
@@ -135,7 +131,7 @@ func obeyConfined(qemu string) error {
 		return err
 	}
 	defer xs.Close()
-	if err := xs.Write(ctx, pidNode, qemu); err != nil {
+	if err := standin.Announce(ctx, xs, pid); err != nil {
 		return err
 	}
 	return obey(ctx, xs, pid, confined, func(what string) bool { return unconfined[what] == nil })
@@ -149,15 +145,11 @@ func obeyUnconfined() error {
 		return err
 	}
 	defer xs.Close()
-	qemu, err := xs.WaitFor(ctx, pidNode, func(_ string, exists bool) bool { return exists })
+	pid, err := standin.AwaitQEMU(ctx, xs)
 	if err != nil {
 		return err
 	}
-	pid, err := strconv.Atoi(qemu)
-	if err != nil {
-		return err
-	}
-	if os.Stdout, err = os.OpenFile("/proc/"+qemu+"/fd/1", os.O_WRONLY, 0); err != nil {
+	if os.Stdout, err = os.OpenFile(fmt.Sprintf("/proc/%d/fd/1", pid), os.O_WRONLY, 0); err != nil {
 		return err
 	}
 	os.Stderr = os.Stdout
