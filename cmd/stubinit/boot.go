@@ -339,9 +339,13 @@ func (a *agent) incomingStep(ctx context.Context) error {
 	}
 	soon, cancel := context.WithTimeout(ctx, deviceLimit)
 	defer cancel()
-	if err := consring.Wait(soon, a.xs, restoreConsole); err != nil {
-		return hint(fmt.Errorf("nobody serves console %d after %v%s: %w", restoreConsole, deviceLimit, a.backendState("/dev/hvc2"), err),
+	switch err := consring.Wait(soon, a.xs, restoreConsole); {
+	case err == nil:
+	case soon.Err() != nil && ctx.Err() == nil:
+		return hint(fmt.Errorf("nobody serves console %d after %v%s", restoreConsole, deviceLimit, a.backendState("/dev/hvc2")),
 			"the log of dom0's QEMU is beside this one")
+	default:
+		return fmt.Errorf("wait for console %d: %w", restoreConsole, err)
 	}
 	ring, err := consring.Open(ctx, a.xs, restoreConsole, toolstackDomain)
 	if err != nil {

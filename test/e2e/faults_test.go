@@ -765,8 +765,12 @@ func TestFaultsRestore(t *testing.T) {
 		wantPublished(t, ctx, published, want)
 	}
 	t.Run("no console backend", func(t *testing.T) {
+		setHook(t, ctx, l, vifHook+`xenstore-write "/local/domain/$s/nobody/state" 1 "/local/domain/$s/device/console/2/backend" "/local/domain/$s/nobody"`)
+		fails(t, `FATAL incoming: nobody serves console 2 after 15s \(/local/domain/\d+/nobody is in state 1\): `)
+	})
+	t.Run("console backend that cannot be read", func(t *testing.T) {
 		setHook(t, ctx, l, vifHook+`xenstore-write "/local/domain/$s/device/console/2/backend" "/local/domain/0/backend/console/$s/9999"`)
-		fails(t, `FATAL incoming: nobody serves console 2 after 15s`)
+		fails(t, `FATAL incoming: wait for console 2: xenstore: read /local/domain/0/backend/console/\d+/9999/state: permission denied`)
 	})
 	t.Run("damaged state", func(t *testing.T) {
 		// What follows QEMU's magic is its devices.
@@ -779,7 +783,7 @@ dd if=/dev/zero bs=1 count=4096 seek=$((at + 64)) conv=notrunc of="$1" 2>&1`, fi
 		fails(t, `FATAL (monitor|bridge|running): QEMU ended: `)
 	})
 	t.Run("destroyed while it waits", func(t *testing.T) {
-		setHook(t, ctx, l, vifHook+`xenstore-write "/local/domain/$s/device/console/2/backend" "/local/domain/0/backend/console/$s/9999"`)
+		setHook(t, ctx, l, vifHook+`xenstore-write "/local/domain/$s/nobody/state" 1 "/local/domain/$s/device/console/2/backend" "/local/domain/$s/nobody"`)
 		killer := destroyAt(t, l, g.Name, "incoming")
 		if err := g.Restore(ctx, file); err == nil {
 			t.Error("xl restore ended well")
