@@ -41,6 +41,7 @@ func (r *Result) Packed() int64 { return r.KernelBytes + r.InitrdBytes }
 // A Scale is what several guests at once came to.
 type Scale struct {
 	Guests     int     `json:"guests"`
+	Creating   int     `json:"creating"` // how many of them at a time
 	MemoryMiB  int     `json:"stubdomain_memory_mib"`
 	DomainMiB  int     `json:"domain_mib"`  // the largest stubdomain as Xen counts it
 	Dom0KiB    int     `json:"dom0_kib"`    // what a stubdomain's QEMU and proxy in dom0 take (proportional set size)
@@ -158,7 +159,7 @@ func (r *Report) markdown() string {
 		row(cells...)
 	}
 	if s := r.Scale; s != nil {
-		fmt.Fprintf(&b, "\n## %d guests at once, small image, stubdomain_memory = %d\n\n", s.Guests, s.MemoryMiB)
+		fmt.Fprintf(&b, "\n## %d guests, created %d at a time, small image, stubdomain_memory = %d\n\n", s.Guests, s.Creating, s.MemoryMiB)
 		fmt.Fprintf(&b, "`xl create` of all: %.1f s, of one alone %.1f s: %.2f of %d × one. ", s.AllSeconds, s.OneSeconds, s.AllSeconds/(s.OneSeconds*float64(s.Guests)), s.Guests)
 		fmt.Fprintf(&b, "A stubdomain takes %d MiB as Xen counts it, and %.1f MiB in dom0 for its consoles' QEMU and its QMP proxy: ", s.DomainMiB, float64(s.Dom0KiB)/1024)
 		fmt.Fprintf(&b, "a host of 100 guests pays %.1f GiB.\n", 100*(float64(s.DomainMiB)+float64(s.Dom0KiB)/1024)/1024)
