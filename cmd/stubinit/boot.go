@@ -180,7 +180,7 @@ func (a *agent) mountsStep(context.Context) error {
 	var warnings []string
 	a.params, warnings = parseCmdline(string(text))
 	a.level.Set(a.params.log)
-	a.log.Info("stubinit", "version", version)
+	a.log.Info("stubinit", "version", version, "time", time.Now().UTC().Format(time.RFC3339Nano)) // dom0's logs go by it
 	for _, w := range warnings {
 		a.log.Warn(w)
 	}

@@ -12,7 +12,8 @@ import (
 
 // A Log is one boot. Times are since the start of the stubdomain's kernel; 0 is a time that the log does not have.
 type Log struct {
-	Version string // stubinit's
+	Version string    // stubinit's
+	Started time.Time // of the kernel, by its wall clock
 	Init    time.Duration
 	Steps   []Step        // in the order of the log
 	QEMU    time.Duration // QEMU was executed
@@ -59,6 +60,9 @@ func Parse(text string) (*Log, error) {
 		number := func(key string) int {
 			n, _ := strconv.Atoi(fields[key])
 			return n
+		}
+		if wall, err := time.Parse(time.RFC3339Nano, fields["time"]); err == nil {
+			l.Started = wall.Add(-at)
 		}
 		switch message {
 		case "stubinit":

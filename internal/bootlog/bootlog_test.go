@@ -8,7 +8,7 @@ import (
 )
 
 const text = `[    0.100000] Linux version 6.12
-stubinit 1.500000 info stubinit version=v1.2
+stubinit 1.500000 info stubinit version=v1.2 time=2026-11-26T10:20:30.250000Z
 stubinit 1.500100 info step done step=mounts took=1.1ms
 qemu 1.4 a line of QEMU
 stubinit 1.700000 info QEMU started pid=132 path="/usr/bin/a b" version=10.0.13
@@ -27,7 +27,7 @@ func TestParse(t *testing.T) {
 	}
 	ms := time.Millisecond
 	want := &Log{
-		Version: "v1.2", Init: 1499 * ms,
+		Version: "v1.2", Started: time.Date(2026, 11, 26, 10, 20, 28, 750e6, time.UTC), Init: 1499 * ms,
 		Steps: []Step{
 			{"mounts", 1499 * ms, 1500*ms + 100*time.Microsecond},
 			{"qemu", 1696*ms + 300*time.Microsecond, 1700*ms + 200*time.Microsecond},
