@@ -730,7 +730,14 @@ done`)
 		if err != nil {
 			t.Fatal(err)
 		}
-		least, err := strconv.Atoi(string(regexp.MustCompile(`stubdomain_memory (\d+) at least`).FindSubmatch(report)[1]))
+		m := regexp.MustCompile(`stubdomain_memory (\d+) at least, (\d+) with`).FindSubmatch(report)
+		if m == nil {
+			t.Fatalf("no least stubdomain_memory in:\n%s", report)
+		}
+		if string(m[1]) == string(m[2]) {
+			t.Skip("this image's kernel unpacks into a ramfs, which has no limit: it panics, before there is a console")
+		}
+		least, err := strconv.Atoi(string(m[1]))
 		if err != nil {
 			t.Fatal(err)
 		}
