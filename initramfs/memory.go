@@ -79,9 +79,9 @@ func (m Memory) LeastRamfs() int {
 	return stubdomainMemory(max(m.unpacking(), m.serving()))
 }
 
-// unpacking is what is in use at the end of the unpacking; zstd needs its window and tables for it, LZ4 a block.
+// unpacking is what is in use at the end of the unpacking; LZ4 needs a block for it, zstd its window and tables.
 func (m Memory) unpacking() int64 {
-	return m.Kernel + m.Init + m.Tables + m.Packed + m.Unpacked + window + 2*mib
+	return m.Kernel + m.Init + m.Tables + m.Packed + m.Unpacked + block + 2*mib
 }
 
 // serving is what is in use when the device model serves its guest.
