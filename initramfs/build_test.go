@@ -607,6 +607,10 @@ func TestWrite(t *testing.T) {
 	if !bytes.Equal(read(KernelFile), initramfstest.BzImage(48<<20, "")) {
 		t.Error("the kernel in the folder is another one")
 	}
+	least, ramfs, err := ReportedLeast(dir)
+	if err != nil || least != out.Memory.Least() || ramfs != out.Memory.LeastRamfs() {
+		t.Errorf("the report has %d and %d MiB (%v), want %d and %d", least, ramfs, err, out.Memory.Least(), out.Memory.LeastRamfs())
+	}
 	report := string(read(ReportFile))
 	qemu := find(t, im, "/usr/libexec/qemu").Size
 	for _, want := range []string{
@@ -641,6 +645,16 @@ func TestWrite(t *testing.T) {
 	entries, err := os.ReadDir(dir)
 	if err != nil || len(entries) != 3 {
 		t.Errorf("%d files in the folder, want 3 (%v)", len(entries), err)
+	}
+	other := t.TempDir()
+	if _, _, err := ReportedLeast(other); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no report: %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(other, ReportFile), []byte("stubdomain_memory 5 at most\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := ReportedLeast(other); err == nil || !strings.Contains(err.Error(), other) {
+		t.Errorf("a report without the line: %v", err)
 	}
 	// A failure leaves what was there.
 	ctx, cancel := context.WithCancel(t.Context())

@@ -55,14 +55,31 @@ func (im *Image) Write(ctx context.Context, dir string, c Compression) (*Output,
 	_, _, err = writeFile(filepath.Join(dir, ReportFile), func(w io.Writer) error {
 		fmt.Fprintf(w, "%s  %s  Linux %s, %d bytes\n", kernelSum, KernelFile, im.Kernel.Release, im.Kernel.Size)
 		fmt.Fprintf(w, "%s  %s  %v, %d bytes, unpacked %d\n", archiveSum, ArchiveFile, c, packed, out.Unpacked)
-		fmt.Fprintf(w, "\nstubdomain_memory %d at least, %d with rootfstype=ramfs on the kernel's command line:\n%s",
-			out.Memory.Least(), out.Memory.LeastRamfs(), out.Memory)
+		fmt.Fprintf(w, "\n"+leastFormat+"%s", out.Memory.Least(), out.Memory.LeastRamfs(), out.Memory)
 		return im.report(w)
 	})
 	if err != nil {
 		return nil, err
 	}
 	return out, nil
+}
+
+// leastFormat is the report's line with Memory's Least and LeastRamfs.
+const leastFormat = "stubdomain_memory %d at least, %d with rootfstype=ramfs on the kernel's command line:\n"
+
+// ReportedLeast gives Memory's Least and LeastRamfs, in MiB, from the report that Write put into the folder dir.
+func ReportedLeast(dir string) (least, ramfs int, err error) {
+	name := filepath.Join(dir, ReportFile)
+	text, err := os.ReadFile(name)
+	if err != nil {
+		return 0, 0, err
+	}
+	for line := range strings.Lines(string(text)) {
+		if _, err := fmt.Sscanf(line, leastFormat, &least, &ramfs); err == nil {
+			return least, ramfs, nil
+		}
+	}
+	return 0, 0, fmt.Errorf("%s: no line %q", name, strings.TrimSpace(leastFormat))
 }
 
 // writeFile writes a file by way of one beside it, and returns its SHA-256 and size.

@@ -299,23 +299,10 @@ func (b *bench) memories(ctx context.Context, all []flavour, results []*Result) 
 	return nil
 }
 
-// estimate is the least stubdomain_memory that mkinitramfs wrote into its report, in MiB.
-func estimate(f flavour) (int, error) {
-	text, err := os.ReadFile(filepath.Join(lab.Top(), f.dir, initramfs.ReportFile))
-	if err != nil {
-		return 0, err
-	}
-	m := regexp.MustCompile(`stubdomain_memory (\d+) at least`).FindSubmatch(text)
-	if m == nil {
-		return 0, fmt.Errorf("%s: no least stubdomain_memory", f.dir)
-	}
-	return strconv.Atoi(string(m[1]))
-}
-
 // least finds the least stubdomain_memory that starts, in MiB: in steps that grow, from what mkinitramfs printed, until
 // one has failed and one has started, and then by bisection.
 func (b *bench) least(ctx context.Context, f flavour) (int, error) {
-	mib, err := estimate(f)
+	mib, _, err := initramfs.ReportedLeast(filepath.Join(lab.Top(), f.dir))
 	if err != nil {
 		return 0, err
 	}
@@ -357,7 +344,7 @@ func (b *bench) starts(ctx context.Context, f flavour, mib int) (bool, error) {
 
 // scale starts one guest, and then several, which are all there at once.
 func (b *bench) scale(ctx context.Context, f flavour) (*Scale, error) {
-	mib, err := estimate(f)
+	mib, _, err := initramfs.ReportedLeast(filepath.Join(lab.Top(), f.dir))
 	if err != nil {
 		return nil, err
 	}

@@ -3,36 +3,31 @@
 package e2e
 
 import (
-	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/stubinit/stubinit/initramfs"
 	"github.com/stubinit/stubinit/test/lab"
 )
 
 // The least stubdomain_memory that mkinitramfs prints is enough, and at most 15 % more than what is needed. libxl adds the
 // guest's video RAM to it: these guests have none.
 func TestLeastMemory(t *testing.T) {
-	report, err := os.ReadFile(filepath.Join(filepath.Dir(rootfs(t)), "stubdom-image.txt"))
+	tmpfs, ramfs, err := initramfs.ReportedLeast(filepath.Dir(rootfs(t)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := regexp.MustCompile(`stubdomain_memory (\d+) at least, (\d+) with rootfstype=ramfs`).FindSubmatch(report)
-	if m == nil {
-		t.Fatalf("no least stubdomain_memory in:\n%s", report)
-	}
-	for i, variant := range []struct{ name, cmdline string }{
-		{"tmpfs", lab.DefaultCmdline},
-		{"ramfs", lab.DefaultCmdline + " rootfstype=ramfs"},
+	for _, variant := range []struct {
+		name, cmdline string
+		printed       int
+	}{
+		{"tmpfs", lab.DefaultCmdline, tmpfs},
+		{"ramfs", lab.DefaultCmdline + " rootfstype=ramfs", ramfs},
 	} {
-		printed, err := strconv.Atoi(string(m[i+1]))
-		if err != nil {
-			t.Fatal(err)
-		}
+		printed := variant.printed
 		starts := func(t *testing.T, mib int) bool {
 			ctx := limit(t, 3*time.Minute)
 			cfg := config("least")
