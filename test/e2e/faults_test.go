@@ -764,8 +764,10 @@ func TestFaultsRestore(t *testing.T) {
 		expect(t, ctx, g.Stub, want)
 		wantPublished(t, ctx, published, want)
 	}
+	// A backend that the stubdomain may read, and that nobody serves.
+	const unserved = vifHook + `xenstore-write "/local/domain/$s/nobody/state" 1 "/local/domain/$s/device/console/2/backend" "/local/domain/$s/nobody"`
 	t.Run("no console backend", func(t *testing.T) {
-		setHook(t, ctx, l, vifHook+`xenstore-write "/local/domain/$s/nobody/state" 1 "/local/domain/$s/device/console/2/backend" "/local/domain/$s/nobody"`)
+		setHook(t, ctx, l, unserved)
 		fails(t, `FATAL incoming: nobody serves console 2 after 15s \(/local/domain/\d+/nobody is in state 1\): `)
 	})
 	t.Run("console backend that cannot be read", func(t *testing.T) {
@@ -783,7 +785,7 @@ dd if=/dev/zero bs=1 count=4096 seek=$((at + 64)) conv=notrunc of="$1" 2>&1`, fi
 		fails(t, `FATAL (monitor|bridge|running): QEMU ended: `)
 	})
 	t.Run("destroyed while it waits", func(t *testing.T) {
-		setHook(t, ctx, l, vifHook+`xenstore-write "/local/domain/$s/nobody/state" 1 "/local/domain/$s/device/console/2/backend" "/local/domain/$s/nobody"`)
+		setHook(t, ctx, l, unserved)
 		killer := destroyAt(t, l, g.Name, "incoming")
 		if err := g.Restore(ctx, file); err == nil {
 			t.Error("xl restore ended well")
