@@ -345,7 +345,7 @@ func (a *agent) incomingStep(ctx context.Context) error {
 		return hint(fmt.Errorf("nobody serves console %d after %v%s", restoreConsole, deviceLimit, a.backendState("/dev/hvc2")),
 			"the log of dom0's QEMU is beside this one")
 	default:
-		return fmt.Errorf("wait for console %d: %w", restoreConsole, err)
+		return hint(fmt.Errorf("wait for console %d: %w", restoreConsole, err), "libxl makes the console's backend: run xl -vvv restore")
 	}
 	ring, err := consring.Open(ctx, a.xs, restoreConsole, toolstackDomain)
 	if err != nil {
