@@ -8,8 +8,6 @@ export LC_ALL=C
 source=$1 pixman=$2 devices=$3 xs=$4 build=$5 dest=$6
 mkdir -p "$build"
 cd "$build"
-# Each function and each variable by itself, for --gc-sections; no tables for exceptions, which C does not have.
-cflags='-ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables -fno-unwind-tables'
 
 # Debian has no static pixman. Its fast paths for each instruction set are for desktops; nobody draws here.
 if [ ! -e pixman.done ]; then
@@ -17,7 +15,7 @@ if [ ! -e pixman.done ]; then
 	rm -rf pixman
 	mkdir pixman
 	tar -x -f "$pixman" -C pixman --strip-components 1
-	CFLAGS="-fstack-protector-strong $cflags" \
+	CFLAGS='-fstack-protector-strong -ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables -fno-unwind-tables' \
 		meson setup pixman/build pixman --prefix=/usr --libdir=lib/x86_64-linux-gnu --buildtype=minsize -Ddefault_library=static \
 		-Db_staticpic=true -Dmmx=disabled -Dsse2=disabled -Dssse3=disabled -Dtests=disabled -Ddemos=disabled -Dlibpng=disabled \
 		-Dgtk=disabled -Dopenmp=disabled >pixman.log ||
@@ -28,8 +26,7 @@ fi
 
 # Why: xs.c.
 if [ ! -e xs.done ]; then
-	# shellcheck disable=SC2086
-	gcc -Os -fPIE -Wall -Wextra -Werror -fstack-protector-strong $cflags -c -o xs.o "$xs"
+	gcc -Os -fPIE -Wall -Wextra -Werror -fstack-protector-strong -ffunction-sections -fdata-sections -c -o xs.o "$xs"
 	rm -f /usr/lib/x86_64-linux-gnu/libxenstore.a
 	ar rcsD /usr/lib/x86_64-linux-gnu/libxenstore.a xs.o
 	touch xs.done
@@ -43,16 +40,14 @@ if [ ! -e qemu.configured ]; then
 	cp "$devices" qemu/configs/devices/i386-softmmu/stubdom.mak
 	# With a bzip2 QEMU's build unpacks UEFI firmware, which Debian's source does not have.
 	rm -f /usr/bin/bzip2
-	# Without trace points QEMU is a tenth smaller. hw/xen/xen_pt.c has error_report only from the headers of theirs.
-	echo 'void error_report(const char *fmt, ...);' >error_report.h
 	# The defaults bring hundreds of devices and a dozen libraries that no stubdomain uses.
 	(cd qemu/build && ../configure --target-list=i386-softmmu --static --prefix=/usr --firmwarepath=/usr/share/qemu:/usr/share/seabios:/usr/lib/ipxe/qemu --disable-relocatable \
 		--without-default-features --without-default-devices --with-devices-i386=stubdom \
-		--enable-stack-protector --enable-seccomp --enable-pixman --enable-vnc --enable-trace-backends=nop \
+		--enable-stack-protector --enable-seccomp --enable-pixman --enable-vnc --enable-trace-backends=log \
 		--enable-xen --enable-xen-pci-passthrough --disable-tcg --disable-kvm --audio-drv-list= \
 		--disable-download --disable-fdt --disable-docs --disable-tools --disable-guest-agent --disable-user --disable-install-blobs \
 		-Doptimization=s --disable-debug-info \
-		--extra-cflags="$cflags -include $build/error_report.h" \
+		--extra-cflags='-ffunction-sections -fdata-sections -fno-asynchronous-unwind-tables -fno-unwind-tables' \
 		--extra-ldflags='-Wl,--gc-sections -Wl,-z,pack-relative-relocs -Wl,-z,now -Wl,-z,noexecstack') >qemu.log 2>&1 ||
 		{ tail -n 40 qemu.log >&2; exit 1; }
 	touch qemu.configured
