@@ -15,7 +15,7 @@ import (
 //	MiB                        Kernel  Tables, Running  QEMU, Agent
 //	Debian's 6.12, QEMU 10.0   39.2    20.6             11.0,  2.0
 //	Debian's 6.1, QEMU 7.2     45.9    29.9             10.5,  1.4
-//	the small image             5.7    11.2              8.7,  1.6
+//	the small image             5.7    11.2              8.9,  1.6
 type Memory struct {
 	Kernel   int64 // what stays of text, data and bss
 	Init     int64 // code and data that the kernel frees before init runs
