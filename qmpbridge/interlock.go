@@ -11,6 +11,7 @@ import (
 var (
 	errUnderWay = errors.New("another save or migration of this guest is under way, or has been killed: nothing is saved; when it is over, try again")
 	errNotYours = errors.New("another save or migration of this guest is under way: the guest does not go on for one that was refused")
+	errSpoiled  = errors.New("another save of this guest was begun meanwhile, and Xen's log of dirty memory was switched off when that was refused: the state is not saved, as what the guest has written since may be missing from its memory's copy")
 )
 
 // refusedLimit is how long a refused save may take to send its cont. libxl sends it at once.
@@ -24,9 +25,15 @@ const refusedLimit = time.Minute
 // and then cont, if the guest is to go on. A save whose first command is refused sends only cont, which would let the guest
 // go on while the other save still reads its memory. After a failed cont libxl leaves the guest's CPUs as they are.
 //
+// A refused save also switches Xen's log of dirty memory off (cleanup in xg_sr_save.c), which may be the other's. To a live migration that
+// looks at it later Xen says that nothing was written (paging_log_dirty_op), and the guest would go on elsewhere with old memory, without a word. So the
+// other one is refused its state, if it has none yet. One that is not live loses it too: QMP does not tell them apart, and the endpoint
+// has room for one connection, so that a refusal cannot wait.
+//
 // QEMU's dirty log is on or off; it aborts when a log that is off is switched off.
 type interlock struct {
 	mu        sync.Mutex
+	spoiled   bool        // the save under way, which has no state yet: Xen's log is off
 	logs      int         // switched on, and not off again
 	dead      int         // of them, those of saves that seem to have been killed
 	suspended bool        // by a good save, with no cont since
@@ -42,9 +49,11 @@ func (i *interlock) ask(r *request, now time.Time) (forward bool, err error) {
 	case logOn:
 		if i.suspended || i.logs > i.dead {
 			i.refused = append(i.refused, now)
+			i.spoiled = !i.suspended
 			return false, errUnderWay
 		}
 		i.logs++
+		i.spoiled = false
 		return i.logs == 1, nil
 	case logOff:
 		if i.logs == 0 {
@@ -52,11 +61,16 @@ func (i *interlock) ask(r *request, now time.Time) (forward bool, err error) {
 		}
 		i.logs--
 		i.dead = min(i.dead, i.logs)
+		i.spoiled = i.spoiled && i.logs > 0
 		return i.logs == 0, nil
 	case saveState:
 		if i.suspended {
 			i.refused = append(i.refused, now)
 			return false, errUnderWay
+		}
+		if i.spoiled {
+			i.spoiled = false
+			return false, errSpoiled
 		}
 	case goOn:
 		for len(i.refused) > 0 && now.Sub(i.refused[0]) > refusedLimit {

@@ -21,16 +21,20 @@ func TestInterlock(t *testing.T) {
 	for _, tt := range []struct{ name, steps string }{
 		{"a save", "A:on=qemu A:save=qemu A:off=qemu A:cont=qemu"},
 		{"one after the other", "A:on=qemu A:save=qemu A:off=qemu A:cont=qemu B:on=qemu B:save=qemu B:off=qemu B:cont=qemu"},
-		{"the later is refused whole", "A:on=qemu B:on=underway B:cont=notyours A:save=qemu A:off=qemu A:cont=qemu"},
+		{"the later is refused whole", "A:on=qemu A:save=qemu B:on=underway B:cont=notyours A:off=qemu A:cont=qemu"},
+		// Xen's log is off, which the earlier may still need.
+		{"and spoils the earlier", "A:on=qemu B:on=underway B:cont=notyours A:save=spoiled A:off=qemu A:cont=qemu C:on=qemu C:save=qemu"},
+		{"which ends before its state", "A:on=qemu B:on=underway B:cont=notyours A:off=qemu A:cont=qemu C:save=qemu"},
+		{"its cont comes late", "A:on=qemu B:on=underway A:save=spoiled B:cont=notyours A:off=qemu A:cont=qemu C:on=qemu C:save=qemu"},
 		{"refused while memory is read", "A:on=qemu A:save=qemu B:on=underway B:cont=notyours A:off=qemu A:cont=qemu C:on=qemu C:save=qemu"},
 		{"refused when memory has been read", "A:on=qemu A:save=qemu A:off=qemu B:on=underway B:cont=notyours A:cont=qemu C:on=qemu"},
-		{"two are refused", "A:on=qemu B:on=underway C:on=underway B:cont=notyours C:cont=notyours A:save=qemu A:off=qemu A:cont=qemu"},
-		{"the earlier fails", "A:on=qemu B:on=underway A:save=fails A:off=qemu B:cont=notyours A:cont=qemu C:on=qemu C:save=qemu"},
+		{"two are refused", "A:on=qemu B:on=underway C:on=underway B:cont=notyours C:cont=notyours A:save=spoiled A:off=qemu A:cont=qemu"},
+		{"the earlier fails", "A:on=qemu A:save=fails B:on=underway A:off=qemu B:cont=notyours A:cont=qemu C:on=qemu C:save=qemu"},
 		// Whoever comes after the refusal is believed; the log of the first is still counted.
 		{"the earlier was killed", "A:on=qemu B:on=underway B:cont=notyours C:on=ok C:save=qemu C:off=ok C:cont=qemu D:on=ok"},
 		{"the earlier was not killed", "A:on=qemu B:on=underway B:cont=notyours C:on=ok A:save=qemu C:save=underway C:off=ok C:cont=notyours A:off=qemu A:cont=qemu"},
 		{"killed while suspended, and resumed by hand", "A:on=qemu A:save=qemu B:on=underway B:cont=notyours X:cont=qemu C:on=ok"},
-		{"a refused one never sends cont", "A:on=qemu B:on=underway wait A:save=qemu A:off=qemu A:cont=qemu"},
+		{"a refused one never sends cont", "A:on=qemu A:save=qemu B:on=underway wait A:off=qemu A:cont=qemu"},
 		{"a log that is off", "A:off=ok A:off=ok A:on=qemu A:off=qemu A:off=ok"},
 		{"QEMU cannot log", "A:on=fails A:cont=qemu B:on=qemu"},
 		{"QEMU cannot go on", "A:on=qemu A:save=qemu A:off=qemu A:cont=fails B:on=underway"},
@@ -56,6 +60,8 @@ func TestInterlock(t *testing.T) {
 						toolstack.expect(errorAnswer("7", errUnderWay.Error()))
 					case "notyours":
 						toolstack.expect(errorAnswer("7", errNotYours.Error()))
+					case "spoiled":
+						toolstack.expect(errorAnswer("7", errSpoiled.Error()))
 					default:
 						answer := map[string]string{"qemu": good, "fails": fails}[want]
 						qemu.expect(saveParts[part] + "\n")

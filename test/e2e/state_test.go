@@ -369,14 +369,18 @@ var under = []string{
 }
 
 // twoAtOnce saves twice at the same time, and the guest is to go on. libxl lets both begin. One makes a good state, the other
-// is refused with an error and leaves nothing that could be restored; the guest goes on once, after the good one.
+// is refused with an error and leaves nothing that could be restored; the guest goes on once, after the good one. The second begins when
+// libxl has suspended the guest for the first: refused any sooner, it could spoil that (saveAndMigrate).
 // It returns the good state's file.
 func (s *saved) twoAtOnce() string {
 	t := s.t
 	t.Helper()
 	start := s.uptime()
 	out, err := s.l.Run(s.ctx, `
-for n in 1 2; do { xl save -c "$1" /root/at-once.$n >/root/at-once.$n.log 2>&1; echo "$n=$?"; } & done
+for n in 1 2; do
+	{ xl save -c "$1" /root/at-once.$n >/root/at-once.$n.log 2>&1; echo "$n=$?"; } &
+	for try in {1..200}; do [[ $(xl list "$1" | tail -n 1) =~ \ [-r][-b][-p]s ]] && break; sleep 0.01; done
+done
 wait
 for n in 1 2; do sed "s/^/$n: /" /root/at-once.$n.log; stat -c '%s bytes in %n' /root/at-once.$n; done`, s.g.Name)
 	s.down += s.uptime() - start
@@ -407,7 +411,7 @@ xl restore /root/refused.cfg /root/at-once."$2" 2>&1 && xl destroy refused`, s.g
 }
 
 // saveAndMigrate begins a save while the guest is migrated, live. The save is refused. Its libxl has switched Xen's dirty log
-// off even so (cleanup in xg_sr_save.c): if the migration still needs that, it fails too, and the guest goes on where it was.
+// off even so (cleanup in xg_sr_save.c), which the migration, without its state yet, still needs: it fails too, and the guest goes on where it was.
 func (s *saved) saveAndMigrate() {
 	t := s.t
 	t.Helper()
@@ -432,8 +436,8 @@ sed "s/^/migrate: /" /root/migrate.log`, s.g.Name)
 	if !regexp.MustCompile(`(?m)^save: .*` + under[0]).MatchString(out) {
 		t.Errorf("xl save does not say %q", under[0])
 	}
-	if !strings.Contains(out, "migrate=0") && !strings.Contains(out, "Failed to retrieve logdirty bitmap") {
-		t.Error("the migration failed for another reason")
+	if strings.Contains(out, "migrate=0") || !strings.Contains(out, "Xen's log of dirty memory was switched off") {
+		t.Error("the migration did not fail for the save's sake")
 	}
 	s.follow()
 }
@@ -502,6 +506,9 @@ echo "$state"; exit 1`, s.g.Name)
 
 // A state of 16 MiB: NICs with 128 KiB of registers each, behind bridges that the guest's firmware does not look at.
 func TestStateLarge(t *testing.T) {
+	if !hasModules(t) {
+		t.Skip("the small image's QEMU has no device whose state is large: no bridges, no e1000e (configs/qemu-stubdom.devices)")
+	}
 	ctx := limit(t, 6*time.Minute)
 	l := boot(t)
 	const mib = 16
