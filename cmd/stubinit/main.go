@@ -42,6 +42,10 @@ func guarded(a *agent) error {
 func run(a *agent) error {
 	// PID 1 gets only those signals that it asks for; these are nobody's way to end it.
 	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGPIPE, syscall.SIGXFSZ)
+	// Go's runtime asks for these, and ends at one that QEMU, which is root too, sends; what the processor raises is still a panic.
+	// Nobody reads the channel. Ignored, an abort would be ignored by QEMU as well.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGFPE, syscall.SIGILL, syscall.SIGTRAP, syscall.SIGABRT, syscall.SIGSYS,
+		syscall.SIGSTKFLT)
 	ctx := context.Background() // services go on until the power-off: libxl may still need an answer
 	for _, s := range sequence {
 		if err := a.runStep(ctx, s); err != nil {

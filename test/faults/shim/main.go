@@ -358,17 +358,22 @@ func oom(pid int) (string, error) {
 	}
 }
 
-// signals are those that end a program which does not ask for them.
+// signals sends PID 1 all that there are.
 func signals(int) (string, error) {
-	const rounds = 10_000
+	const rounds, last = 1000, 64
 	for range rounds {
-		for _, s := range []unix.Signal{unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGUSR1} {
+		for s := unix.Signal(1); s <= last; s++ {
 			if err := unix.Kill(1, s); err != nil {
-				return "", err
+				return "", fmt.Errorf("signal %d: %w", s, err)
 			}
 		}
 	}
-	return fmt.Sprintf("%d of each", rounds), nil
+	// One that says it is a fault of PID 1's own: siginfo_t's number, errno, code (SI_QUEUE), sender.
+	info := [32]int32{int32(unix.SIGSEGV), 0, -1}
+	if _, _, errno := unix.Syscall(unix.SYS_RT_SIGQUEUEINFO, 1, uintptr(unix.SIGSEGV), uintptr(unsafe.Pointer(&info))); errno != unix.EPERM {
+		return "", fmt.Errorf("rt_sigqueueinfo: %v, want %v", errno, unix.EPERM)
+	}
+	return fmt.Sprintf("%d of each of %d", rounds, last), nil
 }
 
 // threads lets there be more processes: the kernel allows for as many as its memory has room for in use; dead ones need less.
