@@ -96,9 +96,11 @@ func (kernel) grantTable(n uint32) ([]uint64, error) {
 		frames[i] = ^uint64(0)
 	}
 	table := &setupTable{dom: domidSelf, nrFrames: n, status: -1, frames: uint64(uintptr(unsafe.Pointer(&frames[0])))}
+	var pin runtime.Pinner // both move with the stack else
+	defer pin.Unpin()
+	pin.Pin(table)
+	pin.Pin(&frames[0])
 	_, err = f.Hypercall(hypercallGrantTableOp, grantSetupTable, uint64(uintptr(unsafe.Pointer(table))), 1)
-	runtime.KeepAlive(table)
-	runtime.KeepAlive(frames)
 	if err == nil && table.status != 0 {
 		err = fmt.Errorf("GNTTABOP_setup_table: status %d", table.status)
 	}

@@ -335,11 +335,7 @@ func (c *Client) WaitFor(ctx context.Context, path string, ok func(value string,
 	if err != nil {
 		return "", err
 	}
-	defer func() {
-		if closeErr := w.Close(); err == nil {
-			err = closeErr
-		}
-	}()
+	defer w.Close() // a late answer of xenstored to the unwatch does not undo what was seen
 	for {
 		if _, err := w.Next(ctx); err != nil {
 			return "", err
