@@ -55,7 +55,7 @@ image-%: deps build
 	@scripts/build-image $* $(BUILD)/root/$*-small
 	@$(BUILD)/mkinitramfs -root $(BUILD)/root/$*-small -manifest configs/initramfs-small.manifest -compress zstd-19 -o $(BUILD)/$*-small
 
-image-twice: deps
+image-twice: image
 	@STUBINIT_TWICE=1 scripts/build-image $(SUITE) $(BUILD)/root/$(SUITE)-small
 
 include test/guest/guest.mk
