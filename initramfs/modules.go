@@ -225,7 +225,8 @@ func (b *builder) module(ctx context.Context, name, why string, optional bool) e
 	if err != nil {
 		return fmt.Errorf("module %s: %w", name, err)
 	}
-	if b.image.Kernel.option("MODULE_SIG_FORCE") != "y" {
+	// A kernel of which nobody knows whether it insists on signatures gets them.
+	if k := b.image.Kernel; k.config != nil && k.option("MODULE_SIG_FORCE") != "y" {
 		content = withoutSignature(content)
 	}
 	hard, soft, err := dependencies(content)
