@@ -38,7 +38,8 @@ type Config struct {
 	Kernel   string    // release; may be empty if the tree has only one kernel
 
 	// ProbeQEMU returns the content of QEMUAbilities. command is what runs the tree's QEMU on this machine; arguments follow
-	// it. May be nil; if it fails, the image has no such file and the agent asks QEMU itself.
+	// it. May be nil; if it fails, as for another machine's QEMU, the image has no such file, and the agent does without what QEMU
+	// may not be able to do. A context.DeadlineExceeded fails the build: the same tree gives the same image on a busy machine.
 	ProbeQEMU func(ctx context.Context, command []string) ([]byte, error)
 
 	// Progress is told what is done, a line each; may be nil.
@@ -171,7 +172,7 @@ func Build(ctx context.Context, c Config) (*Image, error) {
 		progress("asking QEMU what it can do")
 		abilities, err := b.probe(ctx, c.ProbeQEMU)
 		var refused *standInError
-		if errors.As(err, &refused) {
+		if errors.As(err, &refused) || errors.Is(err, context.DeadlineExceeded) {
 			return nil, err
 		}
 		if err != nil {

@@ -348,6 +348,11 @@ func TestProbeQEMU(t *testing.T) {
 	if want := QEMUAbilities + " left out: exec format error"; !slices.Contains(said, want) {
 		t.Errorf("said %q, want %q", said, want)
 	}
+
+	c.ProbeQEMU = func(context.Context, []string) ([]byte, error) { return nil, context.DeadlineExceeded }
+	if _, err = Build(t.Context(), c); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("an answer that is too late: error %v", err)
+	}
 }
 
 func archive(t testing.TB, im *Image, c Compression) []byte {

@@ -132,13 +132,19 @@ func readManifest(name string) (*initramfs.Manifest, error) {
 	return initramfs.ParseManifest(f, name)
 }
 
+// probeLimit is for three starts of QEMU, which take a tenth of a second each where nothing else runs.
+const probeLimit = time.Minute
+
 // probe runs the image's QEMU for what the agent would else have to find out at each start.
 func probe(ctx context.Context, command []string) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, probeLimit)
 	defer cancel()
 	features, err := qemu.ProbeBinary(ctx, func(ctx context.Context, args ...string) ([]byte, error) {
 		return exec.CommandContext(ctx, command[0], append(command[1:len(command):len(command)], args...)...).CombinedOutput()
 	})
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return nil, fmt.Errorf("QEMU could not be asked what it can do within %v, is this machine too busy? Run it again: %w", probeLimit, ctx.Err())
+	}
 	if err != nil {
 		return nil, err
 	}
