@@ -8,8 +8,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/signal"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -40,12 +38,9 @@ func guarded(a *agent) error {
 // run boots, and returns when the stubdomain has nothing left to do: nil after
 // QEMU's ordinary end, else the reason.
 func run(a *agent) error {
-	// PID 1 gets only those signals that it asks for; these are nobody's way to end it.
-	signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGPIPE, syscall.SIGXFSZ)
-	// Go's runtime asks for these, and ends at one that QEMU, which is root too, sends; what the processor raises is still a panic.
-	// Nobody reads the channel. Ignored, an abort would be ignored by QEMU as well.
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGFPE, syscall.SIGILL, syscall.SIGTRAP, syscall.SIGABRT, syscall.SIGSYS,
-		syscall.SIGSTKFLT)
+	if err := ignoreSignals(); err != nil {
+		a.log.Warn("whoever breaks out of QEMU can end PID 1 by a signal", "err", err)
+	}
 	ctx := context.Background() // services go on until the power-off: libxl may still need an answer
 	for _, s := range sequence {
 		if err := a.runStep(ctx, s); err != nil {
