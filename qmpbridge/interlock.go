@@ -11,7 +11,7 @@ import (
 var (
 	errUnderWay = errors.New("another save or migration of this guest is under way, or has been killed: nothing is saved; when it is over, try again")
 	errNotYours = errors.New("another save or migration of this guest is under way: the guest does not go on for one that was refused")
-	errSpoiled  = errors.New("another save of this guest was begun meanwhile, and Xen's log of dirty memory was switched off when that was refused: the state is not saved, as what the guest has written since may be missing from its memory's copy")
+	errSpoiled  = errors.New("another save of this guest was begun meanwhile, and Xen's log of dirty memory was switched off when that was refused: the copy of its memory may lack what it has written since, so no state is saved; the guest goes on, and can be saved or migrated after a restart")
 )
 
 // refusedLimit is how long a refused save may take to send its cont. libxl sends it at once.
