@@ -90,13 +90,14 @@ func (kernel) grantTable(n uint32) ([]uint64, error) {
 	}
 	defer f.Close()
 	// Xen reads and writes these through our page tables: pages of the heap are
-	// present once written, and there is no swap.
+	// present once written, and there is no swap. What is not pinned may be on the
+	// stack, which moves.
 	frames := make([]uint64, n)
 	for i := range frames {
 		frames[i] = ^uint64(0)
 	}
 	table := &setupTable{dom: domidSelf, nrFrames: n, status: -1, frames: uint64(uintptr(unsafe.Pointer(&frames[0])))}
-	var pin runtime.Pinner // both move with the stack else
+	var pin runtime.Pinner
 	defer pin.Unpin()
 	pin.Pin(table)
 	pin.Pin(&frames[0])
